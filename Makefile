@@ -1,0 +1,47 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help
+help: ## Show this help
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.demo: pyproject.toml hatch_build.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FleetFed needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+.PHONY: demo
+demo: $(VENV)/.demo ## Run a whole fleet on this machine: broker, coordinator, 2 gateways, 10 devices
+	$(BIN)/fleetfed demo
+
+.PHONY: dev
+dev: $(VENV)/.dev ## Set up .venv for work on the code
+
+.PHONY: test
+test: $(VENV)/.dev ## Run the default tests
+	$(BIN)/python -m pytest
+
+.PHONY: test-all
+test-all: $(VENV)/.dev ## Run the default and the slow tests
+	$(BIN)/python -m pytest -m "not tensorflow"
+
+.PHONY: lint
+lint: $(VENV)/.dev ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: types
+types: $(VENV)/.dev ## Check types
+	$(BIN)/mypy
+
+.PHONY: clean
+clean: ## Remove environments and caches
+	rm -rf .venv* .hatch .mypy_cache .pytest_cache .ruff_cache .hypothesis dist build

@@ -1,0 +1,1 @@
+"""The embedded MQTT broker, and what configures Mosquitto in its place."""

@@ -1,0 +1,1 @@
+"""The cloud coordinator and the operator's command line."""

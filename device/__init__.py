@@ -1,0 +1,1 @@
+"""The device agent: trains on local data and publishes signed updates."""

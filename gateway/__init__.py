@@ -1,0 +1,1 @@
+"""The regional gateway: adds the updates of its site into one partial."""

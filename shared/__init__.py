@@ -1,0 +1,1 @@
+"""What every role imports; imports no role."""

@@ -1,0 +1,1 @@
+"""Quantization, lanes and the sums that every tier adds."""

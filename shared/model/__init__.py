@@ -1,0 +1,1 @@
+"""The .tflite file: weight table, delta patches, interpreter."""

@@ -1,0 +1,1 @@
+"""Keys, certificates, signatures and who may say what."""
