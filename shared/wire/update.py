@@ -1,0 +1,77 @@
+"""The signed extension of an update's head: what it was computed from and on which scale it stands.
+
+It stands in the head, not in the body, because a gateway checks all of it against the plan before it reserves a
+byte for the body, and because the coordinator verifies heads whose bodies it never sees.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from fleetfed.shared.errors import RejectReason, RemoteProtocolError
+from fleetfed.shared.wire.envelope import Digest, Head, MessageKind
+
+_EXTENSION: Final = struct.Struct("<BBBBII32s32s")
+EXTENSION_SIZE: Final = _EXTENSION.size
+
+PLAIN: Final = 0
+"""Code of `messages.Mode.PLAIN`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateExtension:
+    """What the head of an update says beside the common header.
+
+    Attributes:
+        mode: code of the plan's mode; `PLAIN`.
+        suite: code of the encryption suite; 0 in plain mode.
+        bits, lane_bits, dimension: as in the plan.
+        meta_words: whole words after the lanes, as `aggregate.meta` lays them out.
+        plan: head hash of the plan.
+        model_sha256: the model file that training began with.
+    """
+
+    mode: int = PLAIN
+    suite: int = 0
+    bits: int
+    lane_bits: int
+    dimension: int
+    meta_words: int
+    plan: Digest
+    model_sha256: bytes
+
+    def encode(self) -> bytes:
+        """The extension's bytes, `EXTENSION_SIZE` of them."""
+        return _EXTENSION.pack(
+            self.mode,
+            self.suite,
+            self.bits,
+            self.lane_bits,
+            self.dimension,
+            self.meta_words,
+            self.plan,
+            self.model_sha256,
+        )
+
+    @classmethod
+    def decode(cls, head: Head) -> UpdateExtension:
+        """Read the extension of an update's head.
+
+        Raises:
+            RemoteProtocolError: `MALFORMED`: not an update, or of another length.
+        """
+        if head.header.kind is not MessageKind.UPDATE or len(head.extension) != EXTENSION_SIZE:
+            raise RemoteProtocolError(RejectReason.MALFORMED, f"{len(head.extension)} bytes of update extension")
+        mode, suite, bits, lane_bits, dimension, meta_words, plan, model = _EXTENSION.unpack(head.extension)
+        return cls(
+            mode=mode,
+            suite=suite,
+            bits=bits,
+            lane_bits=lane_bits,
+            dimension=dimension,
+            meta_words=meta_words,
+            plan=Digest(plan),
+            model_sha256=model,
+        )
