@@ -1,0 +1,92 @@
+"""A member's identity on disk, as `fleetfed keys issue` writes it.
+
+::
+
+    identity/
+      fleet.toml        fleet name, member id, role, site, authority public key (hex)
+      signing.key       Ed25519 seed, 0600
+      certificate.bin   the fleet certificate of that key
+      tls/ca.pem  tls/cert.pem  tls/key.pem      for the broker's TLS
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from fleetfed.shared.errors import ConfigError, RemoteProtocolError
+from fleetfed.shared.files import write_atomic
+from fleetfed.shared.trust import certificates
+from fleetfed.shared.trust.certificates import Certificate, Role
+from fleetfed.shared.trust.keys import SigningKey
+from fleetfed.shared.trust.signer import Signer
+from fleetfed.shared.trust.verifier import Verifier
+
+FLEET_FILE: Final = "fleet.toml"
+KEY_FILE: Final = "signing.key"
+CERTIFICATE_FILE: Final = "certificate.bin"
+TLS_DIRECTORY: Final = "tls"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """One member: its key, its certificate and the authority that it trusts."""
+
+    key: SigningKey
+    certificate: Certificate
+    encoded_certificate: bytes
+    authority_key: bytes
+
+    @classmethod
+    def load(cls, directory: Path, *, role: Role | None = None) -> Identity:
+        """Read an identity folder and check that its parts fit each other.
+
+        Raises:
+            ConfigError: a file is missing, damaged, of another key, or not of the wanted ``role``.
+        """
+        try:
+            fleet = tomllib.loads((directory / FLEET_FILE).read_text())
+            encoded = (directory / CERTIFICATE_FILE).read_bytes()
+            authority = bytes.fromhex(fleet["authority"])
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: {error.strerror}; make it with `fleetfed keys issue`") from error
+        except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{directory / FLEET_FILE}: {error}") from error
+        key = SigningKey.load(directory / KEY_FILE)
+        try:
+            certificate = certificates.verify(encoded, authority)
+        except RemoteProtocolError as error:
+            raise ConfigError(f"{directory / CERTIFICATE_FILE}: {error}") from error
+        if certificate.public_key != key.public:
+            raise ConfigError(f"{directory}: the certificate is another key's; issue the identity again")
+        if role is not None and certificate.role is not role:
+            raise ConfigError(
+                f"{directory}: {certificate.id} has the role {certificate.role.name.lower()}, "
+                f"this program needs {role.name.lower()}"
+            )
+        return cls(key=key, certificate=certificate, encoded_certificate=encoded, authority_key=authority)
+
+    def save(self, directory: Path) -> None:
+        """Write the identity folder, less its TLS files."""
+        certificate = self.certificate
+        self.key.save(directory / KEY_FILE)
+        write_atomic(directory / CERTIFICATE_FILE, self.encoded_certificate)
+        lines = (
+            f'fleet = "{certificate.fleet}"',
+            f'id = "{certificate.id}"',
+            f'role = "{certificate.role.name.lower()}"',
+            f'site = "{certificate.site}"',
+            f'authority = "{self.authority_key.hex()}"',
+        )
+        write_atomic(directory / FLEET_FILE, "\n".join((*lines, "")).encode())
+
+    def signer(self, *, sequence: Callable[[], int], randomness: Callable[[int], bytes]) -> Signer:
+        """A signer in this identity's name."""
+        return Signer(self.key, self.certificate, self.encoded_certificate, sequence=sequence, randomness=randomness)
+
+    def verifier(self) -> Verifier:
+        """A verifier that trusts this identity's authority."""
+        return Verifier(self.certificate.fleet, self.authority_key)

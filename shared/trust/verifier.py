@@ -1,0 +1,153 @@
+"""Decides whether a message may be believed: the order of checks is fixed, and nothing is parsed before them.
+
+1. the head parses and is of this fleet;
+2. the certificate is the authority's, for this key, valid now, not revoked;
+3. its role may say this kind of thing, and the topic's identity is its own;
+4. the signature covers these exact bytes;
+5. the message has not expired;
+6. the body has the signed hash; only then is it decompressed and decoded.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final, TypeVar
+
+from fleetfed.shared.errors import RejectReason, RemoteProtocolError
+from fleetfed.shared.trust import certificates
+from fleetfed.shared.trust.certificates import Certificate, Role
+from fleetfed.shared.trust.keys import signature_is_good
+from fleetfed.shared.wire import codec
+from fleetfed.shared.wire.envelope import Head, MessageKind, fleet_id, open_body, parse_head, signed_bytes
+from fleetfed.shared.wire.messages import Revocations
+
+T = TypeVar("T")
+
+SPEAKERS: Final[dict[MessageKind, frozenset[Role]]] = {
+    MessageKind.UPDATE: frozenset({Role.DEVICE}),
+    MessageKind.DECLINE: frozenset({Role.DEVICE}),
+    MessageKind.RECEIPT: frozenset({Role.GATEWAY, Role.COORDINATOR}),
+    MessageKind.PROPOSE: frozenset({Role.GATEWAY}),
+    MessageKind.COMMIT: frozenset({Role.COORDINATOR}),
+    MessageKind.REVEAL: frozenset({Role.GATEWAY}),
+    MessageKind.MANIFEST: frozenset({Role.COORDINATOR}),
+    MessageKind.PLAN: frozenset({Role.COORDINATOR}),
+    MessageKind.ROUND_END: frozenset({Role.COORDINATOR}),
+    MessageKind.CENSUS: frozenset({Role.GATEWAY}),
+    MessageKind.REQUEST: frozenset({Role.OPERATOR}),
+    MessageKind.RESPONSE: frozenset({Role.COORDINATOR}),
+    MessageKind.STATUS: frozenset({Role.COORDINATOR}),
+    MessageKind.REVOCATIONS: frozenset({Role.AUTHORITY}),
+}
+"""Which roles may sign which kind."""
+
+_CLOCK_SKEW: Final = 5 * 60 * 1000
+"""Milliseconds by which clocks may differ before a certificate counts as not yet valid."""
+
+
+class Verifier:
+    """Trusts one fleet's authority and whoever it certified, less whom it revoked.
+
+    Args:
+        fleet: the fleet's name.
+        authority_key: the authority's Ed25519 public key, pinned at enrolment.
+        cache: how many verified certificates to remember; a signature check costs about 50 µs.
+    """
+
+    def __init__(self, fleet: str, authority_key: bytes, *, cache: int = 4096) -> None:
+        self.fleet = fleet
+        self._fleet_id = fleet_id(fleet)
+        self._authority_key = authority_key
+        self._known: OrderedDict[bytes, Certificate] = OrderedDict()
+        self._cache = cache
+        self._revocations = Revocations(version=1)
+        self._revoked: frozenset[int] = frozenset()
+        self._have_list = False
+
+    @property
+    def revocations(self) -> Revocations:
+        """The list in force."""
+        return self._revocations
+
+    def revoke(self, revocations: Revocations) -> bool:
+        """Take a verified list; return whether it is news.
+
+        Raises:
+            RemoteProtocolError: `REPLAYED`: older than the list in force.
+        """
+        if self._have_list:
+            if revocations.version < self._revocations.version:
+                raise RemoteProtocolError(
+                    RejectReason.REPLAYED, f"revocations {revocations.version} after {self._revocations.version}"
+                )
+            if revocations.version == self._revocations.version:
+                return False
+        self._revocations = revocations
+        self._revoked = frozenset(revocations.serials)
+        self._have_list = True
+        return True
+
+    def certificate(self, encoded: bytes, *, now: int) -> Certificate:
+        """Verify a certificate: authority, fleet, time, revocation.
+
+        Raises:
+            RemoteProtocolError: `BAD_CERTIFICATE`, `WRONG_FLEET`, `EXPIRED_CERTIFICATE` or `REVOKED`.
+        """
+        certificate = self._known.get(encoded)
+        if certificate is None:
+            certificate = certificates.verify(encoded, self._authority_key)
+            if certificate.fleet != self.fleet:
+                raise RemoteProtocolError(RejectReason.WRONG_FLEET, certificate.fleet)
+            self._known[encoded] = certificate
+            if len(self._known) > self._cache:
+                self._known.popitem(last=False)
+        else:
+            self._known.move_to_end(encoded)
+        if not certificate.not_before - _CLOCK_SKEW <= now <= certificate.not_after:
+            raise RemoteProtocolError(RejectReason.EXPIRED_CERTIFICATE, f"{certificate.id} at {now}")
+        if certificate.serial in self._revoked:
+            raise RemoteProtocolError(RejectReason.REVOKED, certificate.id)
+        return certificate
+
+    def head(self, head: Head, *, kind: MessageKind, now: int, sender: str | None = None) -> Certificate:
+        """Verify a head; return the certificate of whoever signed it.
+
+        Args:
+            head: as parsed.
+            kind: what the topic carries; anything else is refused.
+            now: unix milliseconds.
+            sender: the identity that the topic names, where it names one.
+
+        Raises:
+            RemoteProtocolError: the first check that fails.
+        """
+        header = head.header
+        if header.kind is not kind:
+            raise RemoteProtocolError(RejectReason.MALFORMED, f"{header.kind.name} where {kind.name} is expected")
+        if header.fleet != self._fleet_id:
+            raise RemoteProtocolError(RejectReason.WRONG_FLEET)
+        certificate = self.certificate(head.certificate, now=now)
+        if certificate.key_id != header.sender:
+            raise RemoteProtocolError(RejectReason.BAD_CERTIFICATE, "the certificate is another key's")
+        if certificate.role not in SPEAKERS[kind]:
+            raise RemoteProtocolError(RejectReason.WRONG_ROLE, f"{certificate.role.name} says {kind.name}")
+        if sender is not None and sender != certificate.id:
+            raise RemoteProtocolError(RejectReason.WRONG_SENDER, f"{certificate.id} on the topic of {sender}")
+        if not signature_is_good(certificate.public_key, signed_bytes(kind, head.signed), head.signature):
+            raise RemoteProtocolError(RejectReason.BAD_SIGNATURE, certificate.id)
+        if header.expires_at and now > header.expires_at:
+            raise RemoteProtocolError(RejectReason.EXPIRED, f"at {header.expires_at}, now {now}")
+        return certificate
+
+    def open(
+        self, data: bytes, cls: type[T], *, kind: MessageKind, now: int, sender: str | None = None
+    ) -> tuple[T, Head, Certificate]:
+        """Verify a whole message and decode its body as ``cls``.
+
+        Raises:
+            RemoteProtocolError: the first check that fails.
+        """
+        head = parse_head(data)
+        certificate = self.head(head, kind=kind, now=now, sender=sender)
+        raw = open_body(head.header, memoryview(data)[head.size :])
+        return codec.decode(cls, raw, limit=len(raw)), head, certificate
