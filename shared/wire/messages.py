@@ -368,6 +368,7 @@ class Census:
         members: as many of them as fit one packet.
         truncated: whether there are more.
         model_version: what the gateway serves.
+        round, answered, expected: progress of the round that is open in the subtree; zeros for none.
     """
 
     site: Id
@@ -379,6 +380,9 @@ class Census:
     members: Annotated[tuple[MemberSummary, ...], Length(0, limits.MAX_COHORT)] = ()
     truncated: bool = False
     model_version: Count = 0
+    round: Count = 0
+    answered: Count = 0
+    expected: Count = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
