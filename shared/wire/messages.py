@@ -71,8 +71,13 @@ class Manifest:
         sha256: SHA-256 of the .tflite file.
         size: bytes of that file.
         card: the model card (weight table, shapes, classes); changes only with the architecture.
-        full: the whole file.
-        patches: consecutive patches, oldest first, that end at ``version``; possibly none.
+        full: a whole file, which is not always this version's: that of ``full_version``. Publishing every version
+            whole would send each site the whole file once per round, although only a newcomer needs it.
+        full_version, full_sha256: the version that ``full`` holds, and its file's hash; ``size`` bytes like every
+            version of one card.
+        patches: consecutive patches, oldest first, that end at ``version``; possibly none. Where ``full_version`` is
+            not ``version`` they begin at ``full_version`` or before, so that the file and the patches after it make
+            ``version``.
         created: when it was published.
         metrics: the coordinator's evaluation, e.g. ``accuracy``.
     """
@@ -84,6 +89,8 @@ class Manifest:
     size: Annotated[int, Range(1, limits.MAX_BLOB)]
     card: BlobRef
     full: BlobRef
+    full_version: Positive
+    full_sha256: Bytes32
     patches: Annotated[tuple[PatchRef, ...], Length(0, limits.MAX_PATCH_CHAIN)] = ()
     created: Millis = 0
     metrics: Annotated[dict[str, float], Length(0, 64)] = field(default_factory=dict)
