@@ -1,5 +1,7 @@
-"""Fetches one object chunk by chunk from retained topics: decides what to subscribe to, when to ask again, and when to
-ask the site's node to publish a chunk anew. No I/O; whoever owns the connection performs the actions.
+"""Fetches one object chunk by chunk from retained topics.
+
+Decides what to subscribe to, when to subscribe again, and when to ask the site's node to publish a chunk anew. No I/O;
+whoever owns the connection performs the actions.
 
 Only exact topics are subscribed: brokers cut off or refuse wildcards over retained messages. A window of a few
 chunks bounds what a slow receiver makes the broker hold.

@@ -1,0 +1,77 @@
+"""The house: who may import whom. Read from the sources, so that nothing has to be imported to be judged."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROLES = ("broker", "device", "gateway", "cloud_coordinator")
+ALLOWED = {
+    "shared": {"shared"},
+    "broker": {"shared", "broker"},
+    "device": {"shared", "device"},
+    "gateway": {"shared", "gateway"},
+    "cloud_coordinator": {"shared", "broker", "cloud_coordinator"},
+}
+IO = {"asyncio", "socket", "time", "random", "os", "pathlib", "threading", "subprocess", "sqlite3", "aiomqtt", "paho"}
+ONLY_IN = {
+    "paho": {"device/mqtt.py", "shared/mqtt"},
+    "aiomqtt": {"shared/mqtt"},
+    "sqlalchemy": {"cloud_coordinator"},
+    "click": {"cloud_coordinator"},
+    "rich": {"cloud_coordinator"},
+    "cryptography": {"cloud_coordinator"},
+    "tensorflow": {"cloud_coordinator/builder", "cloud_coordinator/zoo"},
+    "sklearn": {"cloud_coordinator/demo"},
+    "matplotlib": {"cloud_coordinator/demo"},
+}
+
+
+def sources() -> list[Path]:
+    return sorted(path for role in (*ROLES, "shared") for path in (ROOT / role).rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", sources(), ids=name)
+def test_a_role_imports_only_what_it_may(path: Path) -> None:
+    role = name(path).split("/")[0]
+    for module in imports(path):
+        if module.startswith("fleetfed."):
+            assert module.split(".")[1] in ALLOWED[role], module
+        for library, places in ONLY_IN.items():
+            if module.split(".")[0] == library:
+                assert any(name(path).startswith(place) for place in places), module
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for path in sources()
+        if name(path).startswith(("shared/wire", "shared/aggregate"))
+        or path.name in ("state.py", "events.py", "machine.py", "round.py")
+    ],
+    ids=name,
+)
+def test_what_decides_does_no_io(path: Path) -> None:
+    assert not {module.split(".")[0] for module in imports(path)} & IO
+
+
+@pytest.mark.parametrize("path", sources(), ids=name)
+def test_a_file_is_short_enough_to_read(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 550  # "about 500"
