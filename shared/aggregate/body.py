@@ -11,9 +11,9 @@ How the values are packed follows from the peak alone:
 
 - peak 0: nothing at all;
 - peak up to 127: ``m`` values to a byte in base ``2 * peak + 1``, the first of them the lowest digit, each digit
-  ``value + peak``, with ``m`` as large as a byte allows (5 for peak 1, 3 for 2, 2 for 3 to 7, else 1); missing values at the
-  end are digit 0. zstd's entropy coder spends whole bits per byte, so joint symbols come closer to the entropy than
-  single ones;
+  ``value + peak``, with ``m`` as large as a byte allows (5 for peak 1, 3 for 2, 2 for 3 to 7, else 1); missing values
+  at the end are digit 0. zstd's entropy coder spends whole bits per byte, so joint symbols come closer to the entropy
+  than single ones;
 - above: ``(value << 1) ^ (value >> 63)`` (zigzag) as planes of bytes, lowest first, as many planes as the peak needs.
 """
 
@@ -29,7 +29,6 @@ from fleetfed.shared.aggregate.compression import compress, decompress, max_comp
 from fleetfed.shared.aggregate.lanes import Values, Words
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 
-DEFAULT_LEVEL: Final = 9
 _PEAK: Final = struct.Struct("<Q")
 _BYTE_PEAK: Final = 127
 _MAX_PEAK: Final = (1 << 62) - 1
@@ -37,7 +36,7 @@ _MAX_PEAK: Final = (1 << 62) - 1
 Bytes = NDArray[np.uint8]
 
 
-def encode_body(values: Values, meta: Words | None = None, *, limit: int, level: int = DEFAULT_LEVEL) -> bytes:
+def encode_body(values: Values, meta: Words | None = None, *, limit: int, level: int | None = None) -> bytes:
     """Return the integers and meta words as a body.
 
     Args:
@@ -45,7 +44,7 @@ def encode_body(values: Values, meta: Words | None = None, *, limit: int, level:
         meta: uint64, shape (M,); nothing by default.
         limit: largest magnitude that the receiver will take; ``levels(bits)`` for one update, that times the number of
             contributors for a sum.
-        level: zstd level.
+        level: as in `compression.compress`.
 
     Raises:
         ValueError: a value lies outside ``±limit``.
@@ -74,8 +73,8 @@ def decode_body(
         The values, shape (dimension,), in the narrowest of int8, int16, int32 and int64; the meta words, uint64.
 
     Raises:
-        RemoteProtocolError: TRUNCATED, TOO_LARGE, DECOMPRESSION, MALFORMED (trailing bytes, padding that is not zero) or
-            OUT_OF_RANGE (a value outside ``±limit``).
+        RemoteProtocolError: TRUNCATED, TOO_LARGE, DECOMPRESSION, MALFORMED (trailing bytes, padding that is not zero)
+            or OUT_OF_RANGE (a value outside ``±limit``).
     """
     if len(body) < _PEAK.size:
         raise RemoteProtocolError(RejectReason.TRUNCATED, f"{len(body)} bytes are no body")

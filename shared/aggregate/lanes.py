@@ -1,8 +1,8 @@
 """The ring that every round adds in: uint64 words that each carry several signed lanes.
 
 A word holds ``L = 64 // k`` signed lanes of ``k`` bits, ``word = sum(v_l * 2**(k*l)) mod 2**64``. The layout is planar:
-with ``n_w = ceil(D / L)`` words, coordinate ``j`` sits in word ``j mod n_w``, lane ``j div n_w``, so that packing works on
-contiguous slices. After the ``n_w`` value words come the meta words, each a whole word.
+with ``n_w = ceil(D / L)`` words, coordinate ``j`` sits in word ``j mod n_w``, lane ``j div n_w``, so that packing
+works on contiguous slices. After the ``n_w`` value words come the meta words, each a whole word.
 
 Adding two packed vectors word by word modulo 2**64 adds every lane and every meta word, whether the words are plain or
 masked. Unpacking is exact if and only if every lane's sum lies in ``[-2**(k-1), 2**(k-1) - 1]``; a lane that overflows
@@ -191,7 +191,7 @@ class LaneLayout:
         """
         self.check_words(words)
         n, k = self.value_words, self.lane_bits
-        out = np.empty(self.dimension, dtype=np.int32 if k <= 32 else np.int64)
+        out: Values = np.empty(self.dimension, dtype=np.int32 if k <= 32 else np.int64)
         up, down = np.int64(WORD_BITS - k), np.uint64(k % WORD_BITS)
         for start in range(0, n, _CHUNK):
             stop = min(start + _CHUNK, n)

@@ -1,9 +1,9 @@
 """From a device's float delta to integers on the plan's scale, and from their sum back to a mean.
 
-Every device of a round rounds to the same grid: for each tensor the plan fixes the clip ``v_max`` and, for the whole model,
-the bits ``b``; the scale is ``s = (2**(b-1) - 1) / v_max``. A device with weight ``w`` scales its delta by
-``w / weight_cap`` *before* clipping, so that the influence of one device is bounded whatever weight it claims, and sends
-``v = floor(x * s + U)`` with ``U`` uniform in [0, 1) from its private generator: unbiased, and never outside
+Every device of a round rounds to the same grid: for each tensor the plan fixes the clip ``v_max`` and, for the whole
+model, the bits ``b``; the scale is ``s = (2**(b-1) - 1) / v_max``. A device with weight ``w`` scales its delta by
+``w / weight_cap`` *before* clipping, so that the influence of one device is bounded whatever weight it claims, and
+sends ``v = floor(x * s + U)`` with ``U`` uniform in [0, 1) from its private generator: unbiased, and never outside
 ``±(2**(b-1) - 1)``. The mean of the fleet is ``sum(v) / s / (sum(w) / weight_cap)``: both sums come out of the same
 addition, so no tier ever needs one device's values or weight.
 
@@ -113,8 +113,8 @@ def quantize(
     """Round a delta to the plan's grid.
 
     Works through the tensors in steps of 32,768 coordinates; beyond its results it needs under 1 MB. Up to 8 bits it
-    computes in float32: ``x * s`` is below 2**7 and off by at most 2**-17 grid steps, which is all the bias there is. From
-    9 bits on it computes in float64.
+    computes in float32: ``x * s`` is below 2**7 and off by at most 2**-17 grid steps, which is all the bias there is.
+    From 9 bits on it computes in float64.
 
     Args:
         delta: float32 or float64, shape (dimension,): trained weights less the round's base. Not changed.

@@ -1,0 +1,299 @@
+"""The sum that a tier holds: accumulate, subtract, merge, report.
+
+Laws, bit for bit and for any contributions that the capacity admits (the tests state them as properties):
+
+- order: accumulating in any order gives the same words;
+- tree: merging the reports of any partition of the contributions, at any depth, gives the words of the flat sum;
+- inverse: accumulate followed by subtract of the same contribution changes nothing;
+- ends: `report` consumes; whatever comes after raises, so one sum cannot be counted twice.
+
+They hold because a word is an integer modulo 2**64 and nothing is ever divided before the end. Memory is the one vector
+of words, whatever the number of contributors; it may be a memory map.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from fleetfed.shared.aggregate.body import decode_body, encode_body, max_body
+from fleetfed.shared.aggregate.lanes import LaneLayout, Values, Words, levels
+from fleetfed.shared.aggregate.meta import MetaLayout, MetaSum
+from fleetfed.shared.errors import LocalProtocolError, RejectReason, RemoteProtocolError, StorageError
+
+_SNAPSHOT: Final = struct.Struct("<4sBBHIIQQ")
+_MAGIC: Final = b"FFA1"
+_DIGEST: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """The arithmetic of one round, as its plan fixes it.
+
+    Attributes:
+        layout: lanes and meta words.
+        meta: what the meta words may say.
+        bits: signed bits of one contribution's values.
+    """
+
+    layout: LaneLayout
+    meta: MetaLayout
+    bits: int
+
+    def __post_init__(self) -> None:
+        if self.layout.meta_words != self.meta.words or self.layout.dimension != sum(self.meta.sizes):
+            raise ValueError(f"layout {self.layout} does not fit tensors {self.meta.sizes}")
+        levels(self.bits)
+
+    @classmethod
+    def of(cls, sizes: tuple[int, ...], *, bits: int, lane_bits: int, weight_cap: int) -> Ring:
+        """Return the ring of a plan; ``sizes`` come from the model card."""
+        meta = MetaLayout(sizes, weight_cap)
+        return cls(LaneLayout(sum(sizes), lane_bits, meta.words), meta, bits)
+
+    @property
+    def capacity(self) -> int:
+        """Most contributions of which no lane can overflow."""
+        return self.layout.lane_max // levels(self.bits)
+
+    def limit(self, count: int) -> int:
+        """Largest magnitude that a lane's sum of ``count`` contributions can have."""
+        return count * levels(self.bits)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Partial:
+    """What one tier reports upwards.
+
+    Attributes:
+        ring: the arithmetic it was made in.
+        words: uint64, shape (ring.layout.n_words,); not to be changed.
+        count: contributions in it.
+    """
+
+    ring: Ring
+    words: Words
+    count: int
+
+    def values(self) -> Values:
+        """Return the lanes' sums, shape (dimension,)."""
+        return self.ring.layout.unpack(self.words)[0]
+
+    def meta(self) -> MetaSum:
+        """Return what the meta words say.
+
+        Raises:
+            RemoteProtocolError: BELOW_MINIMUM or OUT_OF_RANGE.
+        """
+        return self.ring.meta.decode(self.words[self.ring.layout.value_words :], count=self.count)
+
+
+class Accumulator:
+    """The sum of one round at one tier.
+
+    Args:
+        ring: the plan's arithmetic.
+        capacity: most contributions that may ever be in it; the plan's cohort limit.
+        words: uint64, shape (ring.layout.n_words,), zeros or what an earlier run left: used in place (a memory map of a
+            large model). A fresh vector by default.
+        count: contributions already in ``words``.
+
+    Raises:
+        ValueError: the capacity would let a lane overflow.
+    """
+
+    def __init__(self, ring: Ring, *, capacity: int, words: Words | None = None, count: int = 0) -> None:
+        if not 1 <= capacity <= ring.capacity:
+            raise ValueError(f"capacity {capacity} on a ring for at most {ring.capacity}")
+        if not 0 <= count <= capacity:
+            raise ValueError(f"{count} contributions in an accumulator for {capacity}")
+        self.ring = ring
+        self.capacity = capacity
+        self._words: Words | None = ring.layout.zeros() if words is None else words
+        ring.layout.check_words(self._words)
+        self._count = count
+
+    @property
+    def count(self) -> int:
+        """Contributions in the sum."""
+        return self._count
+
+    def accumulate(self, values: Values, meta: Words, *, count: int = 1) -> None:
+        """Add one contribution, or the decoded sum of ``count`` of them.
+
+        Args:
+            values: signed integers, shape (dimension,).
+            meta: uint64, shape (ring.meta.words,).
+            count: contributions in it, as the signed list says.
+
+        Raises:
+            RemoteProtocolError: COHORT_FULL, WRONG_SHAPE or OUT_OF_RANGE (a value, or a meta word); the sum is
+                unchanged.
+            LocalProtocolError: already reported.
+        """
+        words = self._open()
+        if self._count + count > self.capacity:
+            raise RemoteProtocolError(RejectReason.COHORT_FULL, f"{self._count} + {count} of {self.capacity}")
+        self._check(values, meta, count)
+        self.ring.layout.add(words, values, meta)
+        self._count += count
+
+    def subtract(self, values: Values, meta: Words, *, count: int = 1) -> None:
+        """Take out what `accumulate` added: a commit may leave contributors out.
+
+        The caller answers for its having been added; the sum itself cannot tell.
+
+        Raises:
+            RemoteProtocolError: WRONG_SHAPE or OUT_OF_RANGE; the sum is unchanged.
+            LocalProtocolError: already reported, or fewer contributions are in the sum.
+        """
+        words = self._open()
+        if count > self._count:
+            raise LocalProtocolError(f"cannot take {count} contributions out of {self._count}")
+        self._check(values, meta, count)
+        self.ring.layout.add(words, values, meta, negate=True)
+        self._count -= count
+
+    def merge(self, other: Partial) -> None:
+        """Add a partial word by word.
+
+        The words may be masked, so only their number is checked here; `check_partial` looks inside plain ones.
+
+        Raises:
+            RemoteProtocolError: COHORT_FULL, or WRONG_SHAPE for another ring; the sum is unchanged.
+            LocalProtocolError: already reported.
+        """
+        words = self._open()
+        if other.ring != self.ring:
+            raise RemoteProtocolError(RejectReason.WRONG_SHAPE, f"a partial of {other.ring}, not of {self.ring}")
+        self.ring.layout.check_words(other.words)
+        if other.count < 0 or self._count + other.count > self.capacity:
+            raise RemoteProtocolError(RejectReason.COHORT_FULL, f"{self._count} + {other.count} of {self.capacity}")
+        words += other.words
+        self._count += other.count
+
+    def can_report(self, minimum: int) -> bool:
+        """Whether at least ``minimum`` contributions are in, and the sum has not been reported."""
+        return self._words is not None and self._count >= minimum
+
+    def report(self) -> Partial:
+        """Hand the sum over; this object refuses everything from now on.
+
+        Raises:
+            LocalProtocolError: already reported.
+        """
+        words = self._open()
+        self._words = None
+        return Partial(self.ring, words, self._count)
+
+    def snapshot(self) -> bytes:
+        """Return bytes that `restore` turns back into an equal accumulator.
+
+        Raises:
+            LocalProtocolError: already reported.
+        """
+        words, layout = self._open(), self.ring.layout
+        head = _SNAPSHOT.pack(
+            _MAGIC,
+            self.ring.bits,
+            layout.lane_bits,
+            0,
+            layout.meta_words,
+            layout.dimension,
+            self.capacity,
+            self._count,
+        )
+        content = head + words.astype("<u8").tobytes()
+        return content + hashlib.blake2b(content, digest_size=_DIGEST).digest()
+
+    @classmethod
+    def restore(cls, snapshot: bytes, ring: Ring) -> Accumulator:
+        """Return the accumulator that a snapshot was taken of.
+
+        Raises:
+            StorageError: damaged, or of another ring.
+        """
+        body, digest = snapshot[:-_DIGEST], snapshot[-_DIGEST:]
+        if len(body) < _SNAPSHOT.size or hashlib.blake2b(body, digest_size=_DIGEST).digest() != digest:
+            raise StorageError("the accumulator's snapshot is damaged")
+        magic, bits, lane_bits, _, meta_words, dimension, capacity, count = _SNAPSHOT.unpack_from(body)
+        layout = ring.layout
+        if (magic, bits, lane_bits, meta_words, dimension, len(body)) != (
+            _MAGIC,
+            ring.bits,
+            layout.lane_bits,
+            layout.meta_words,
+            layout.dimension,
+            _SNAPSHOT.size + 8 * layout.n_words,
+        ):
+            raise StorageError("the accumulator's snapshot is of another round")
+        words = np.frombuffer(body, dtype="<u8", offset=_SNAPSHOT.size).astype(np.uint64)
+        return cls(ring, capacity=capacity, words=words, count=count)
+
+    def _open(self) -> Words:
+        if self._words is None:
+            raise LocalProtocolError("this sum has been reported")
+        return self._words
+
+    def _check(self, values: Values, meta: Words, count: int) -> None:
+        if count < 1:
+            raise RemoteProtocolError(RejectReason.BELOW_MINIMUM, f"a sum of {count} contributions")
+        self.ring.meta.decode(meta, count=count)
+        check_range(values, self.ring.limit(count))
+
+
+def check_range(values: Values, limit: int) -> None:
+    """Raise RemoteProtocolError (OUT_OF_RANGE) if a value's magnitude exceeds ``limit``."""
+    if values.size and (int(values.min()) < -limit or int(values.max()) > limit):
+        raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, f"values span {values.min()}..{values.max()}, ±{limit}")
+
+
+def check_partial(partial: Partial) -> MetaSum:
+    """Check a plain (or unmasked) partial's lanes and meta words against what its count allows; return the meta.
+
+    Raises:
+        RemoteProtocolError: OUT_OF_RANGE or BELOW_MINIMUM.
+    """
+    meta = partial.meta()
+    check_range(partial.values(), partial.ring.limit(partial.count))
+    return meta
+
+
+def encode_words(partial: Partial, *, level: int | None = None) -> bytes:
+    """Return a plain partial's words as a body: unpacked sums compress, words do not.
+
+    Raises:
+        ValueError: a lane's sum exceeds what the count allows.
+    """
+    values, meta = partial.ring.layout.unpack(partial.words)
+    return encode_body(values, meta, limit=partial.ring.limit(partial.count), level=level)
+
+
+def decode_words(body: bytes | bytearray | memoryview, ring: Ring, *, count: int) -> Partial:
+    """Return the partial that a peer encoded, fully checked.
+
+    Args:
+        body: what `encode_words` returned.
+        ring: the plan's arithmetic.
+        count: contributors that the signed list names, 1..ring.capacity.
+
+    Raises:
+        RemoteProtocolError: COHORT_FULL, BELOW_MINIMUM, or whatever `body.decode_body` and `MetaLayout.decode` raise.
+    """
+    if count > ring.capacity:
+        raise RemoteProtocolError(RejectReason.COHORT_FULL, f"{count} of {ring.capacity}")
+    if count < 1:
+        raise RemoteProtocolError(RejectReason.BELOW_MINIMUM, f"a sum of {count} contributions")
+    layout = ring.layout
+    values, meta = decode_body(body, dimension=layout.dimension, limit=ring.limit(count), meta_words=layout.meta_words)
+    ring.meta.decode(meta, count=count)
+    return Partial(ring, layout.pack(values, meta), count)
+
+
+def max_words_body(ring: Ring, count: int) -> int:
+    """Return more bytes than any valid partial of ``count`` contributors needs."""
+    return max_body(ring.layout.dimension, ring.limit(count), ring.layout.meta_words)
