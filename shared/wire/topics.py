@@ -76,7 +76,7 @@ class Verb(StrEnum):
     RECEIPT = "receipt"
     """Down: signed; the fate of an update, a proposal or a partial."""
     COMMIT = "commit"
-    """Down to a gateway: the coordinator's signed final set."""
+    """Down to a gateway: chunks of the coordinator's signed final set, which outgrows a packet like the proposal."""
     RESPONSE = "res"
     """Down to an operator: the signed answer to a command."""
 
