@@ -1,0 +1,270 @@
+"""The coordinator's settings, as ``coordinator.toml`` gives them.
+
+Example::
+
+    identity = "identity"
+    state = "state"
+    autostart = true
+
+    [broker]
+    host = "broker.example.org"
+
+    [model]
+    file = "digits.tflite"
+
+    [validation]
+    file = "validation.npz"
+
+    [rounds]
+    rounds = 20
+    target_accuracy = 0.95
+    fraction = 0.5
+    deadline = 120.0
+    expires = 180.0
+
+    [rounds.training]
+    epochs = 2
+    learning_rate = 0.05
+
+    [optimizer]
+    name = "fedavg"
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from fleetfed.cloud_coordinator.clips import ClipConfig
+from fleetfed.cloud_coordinator.optimizers import OptimizerConfig
+from fleetfed.shared import config
+from fleetfed.shared.aggregate.lanes import choose_lane_bits
+from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.mqtt.config import ConnectionConfig, Protocol
+from fleetfed.shared.mqtt.tls import TlsFiles
+from fleetfed.shared.trust.identity import TLS_DIRECTORY
+from fleetfed.shared.wire import limits
+from fleetfed.shared.wire.codec import Length, Range
+from fleetfed.shared.wire.messages import Fraction, Training, Weighting
+
+Seconds = Annotated[float, Range(0.0, 30 * 86400.0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerConfig:
+    """Where the broker is.
+
+    Attributes:
+        host, port, keepalive, session_expiry, reconnect_cap, protocol: as in `ConnectionConfig`.
+        tls: true takes the files of the identity folder; a table names others; false is for a broker on this machine.
+    """
+
+    host: Annotated[str, Length(1, 253)]
+    port: Annotated[int, Range(1, 65535)] = 8883
+    keepalive: Annotated[int, Range(1, 300)] = 15
+    session_expiry: Annotated[int, Range(0, 30 * 86400)] = 86400
+    reconnect_cap: Annotated[float, Range(0.0, 3600.0)] = 60.0
+    protocol: Protocol = Protocol.AUTO
+    tls: bool | TlsFiles = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundSettings:
+    """How rounds run; `fleetfed round start` may change any of them for what it starts.
+
+    Attributes:
+        rounds: versions to make, then finish; 0 for no limit.
+        target_accuracy: finish when a version reaches it, on the validation set if there is one, else over the
+            devices' held-out examples; 0 for none.
+        interval: seconds between the end of a round and the next.
+        start_when: devices that must be ready or asleep before a round opens.
+        fraction, labels, minimum_examples: which devices take part (`messages.Eligibility`).
+        quorum_fraction, quorum_minimum, cohort_cap: when a round closes and counts (`messages.Quorum`).
+        deadline: seconds from opening until leaf gateways close.
+        expires: seconds from opening until the coordinator closes.
+        weighting: what an update weighs.
+        weight_cap: examples beyond which a device weighs no more.
+        error_feedback: whether devices carry over what quantization lost.
+        training: what devices do with their data.
+    """
+
+    rounds: Annotated[int, Range(0, 1_000_000)] = 0
+    target_accuracy: Fraction = 0.0
+    interval: Seconds = 0.0
+    start_when: Annotated[int, Range(1, limits.MAX_COHORT)] = 1
+    fraction: Fraction = 1.0
+    labels: Annotated[dict[str, str], Length(0, 32)] = field(default_factory=dict)
+    minimum_examples: Annotated[int, Range(1, 1e12)] = 1
+    quorum_fraction: Fraction = 1.0
+    quorum_minimum: Annotated[int, Range(1, limits.MAX_COHORT)] = 1
+    cohort_cap: Annotated[int, Range(1, limits.MAX_COHORT)] = 1000
+    deadline: Annotated[float, Range(0.05, 30 * 86400.0)] = 600.0
+    expires: Annotated[float, Range(0.1, 30 * 86400.0)] = 900.0
+    weighting: Weighting = Weighting.EXAMPLES
+    weight_cap: Annotated[int, Range(1, 2**31 - 1)] = 1000
+    error_feedback: bool = True
+    training: Training = Training()
+
+    def __post_init__(self) -> None:
+        if self.expires <= self.deadline:
+            raise ConfigError(
+                f"expires ({self.expires:g} s) must be later than deadline ({self.deadline:g} s): "
+                "partial sums travel in between"
+            )
+        if self.quorum_minimum > self.cohort_cap:
+            raise ConfigError(f"quorum_minimum {self.quorum_minimum} is more than cohort_cap {self.cohort_cap}")
+
+    @property
+    def plan_weight_cap(self) -> int:
+        """The plan's weight_cap: 1 where every device weighs the same."""
+        return 1 if self.weighting is Weighting.UNIFORM else self.weight_cap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The model to begin with, published as version 1 where there is none yet.
+
+    Attributes:
+        file: the .tflite.
+        card: its card; by default the file with the suffix ``.card``.
+    """
+
+    file: Path
+    card: Path | None = None
+
+    @property
+    def card_file(self) -> Path:
+        """Where the card is."""
+        return self.card if self.card is not None else self.file.with_suffix(".card")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationConfig:
+    """The examples that every version is evaluated on.
+
+    Attributes:
+        file: ``.npz``, ``.csv`` or IDX; see `fleetfed.shared.dataset`.
+        labels_file: the labels, where they are in a file of their own (IDX).
+        threads: of the TFLite runtime.
+    """
+
+    file: Path
+    labels_file: Path | None = None
+    threads: Annotated[int, Range(1, 64)] = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchConfig:
+    """How finely the model's steps are sent down.
+
+    Attributes:
+        bits: of one weight's difference; what is lost goes into the next patch.
+        clip: largest difference in units of the tensor's rms.
+        level: zstd level.
+    """
+
+    bits: Annotated[int, Range(2, 16)] = 4
+    clip: Annotated[float, Range(0.5, 1000.0)] = 8.0
+    level: Annotated[int, Range(1, 19)] = 9
+
+    def __post_init__(self) -> None:
+        if 8 < self.bits < 16:
+            raise ConfigError(f"bits must be 2 to 8 or 16, not {self.bits}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageConfig:
+    """Where durable state is and how much of it is kept.
+
+    Attributes:
+        database: an SQLAlchemy URL; by default SQLite in the state folder.
+        keep_versions: model files kept for rollback, newest first.
+        keep_rounds: rounds whose messages are kept.
+        full_every: versions between two whole files on the broker; a patch is published every version.
+    """
+
+    database: Annotated[str, Length(0, 1000)] = ""
+    keep_versions: Annotated[int, Range(2, 100_000)] = 50
+    keep_rounds: Annotated[int, Range(1, 100_000)] = 100
+    full_every: Annotated[int, Range(1, limits.MAX_PATCH_CHAIN)] = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorConfig:
+    """All settings of the coordinator.
+
+    Attributes:
+        identity: the identity folder.
+        state: the folder of all durable state.
+        broker: the connection.
+        model: what to publish first.
+        validation: what to evaluate on; none relies on the devices' held-out examples.
+        rounds: how rounds run.
+        optimizer: the server optimizer.
+        clips: the scale of updates.
+        patch: the scale of patches.
+        storage: the database and retention.
+        autostart: run rounds from the first start on, without `fleetfed round start`.
+        log_level: of the standard logging module.
+    """
+
+    identity: Path
+    state: Path
+    broker: BrokerConfig
+    model: ModelConfig | None = None
+    validation: ValidationConfig | None = None
+    rounds: RoundSettings = RoundSettings()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    clips: ClipConfig = ClipConfig()
+    patch: PatchConfig = PatchConfig()
+    storage: StorageConfig = StorageConfig()
+    autostart: bool = False
+    log_level: Annotated[str, Length(1, 20)] = "INFO"
+
+    def __post_init__(self) -> None:
+        for bits in (self.clips.bits, self.clips.first_bits):
+            try:
+                choose_lane_bits(bits, self.rounds.cohort_cap)
+            except ValueError as error:
+                raise ConfigError(f"clips and rounds.cohort_cap: {error}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> CoordinatorConfig:
+        """Read ``coordinator.toml``; relative paths begin at its folder.
+
+        Raises:
+            ConfigError: with the file, the key and what to do.
+        """
+        return config.load(cls, path)
+
+    @property
+    def database_url(self) -> str:
+        """The database."""
+        return self.storage.database or f"sqlite:///{self.state / 'coordinator.db'}"
+
+    def connection(self, client_id: str) -> ConnectionConfig:
+        """How to reach the broker as ``client_id``.
+
+        Raises:
+            ConfigError: no TLS to a broker on another machine.
+        """
+        broker = self.broker
+        tls: TlsFiles | None
+        if isinstance(broker.tls, TlsFiles):
+            tls = broker.tls
+        elif broker.tls:
+            folder = self.identity / TLS_DIRECTORY
+            tls = TlsFiles(ca=folder / "ca.pem", cert=folder / "cert.pem", key=folder / "key.pem")
+        else:
+            tls = None
+        return ConnectionConfig(
+            host=broker.host,
+            port=broker.port,
+            client_id=client_id,
+            tls=tls,
+            keepalive=broker.keepalive,
+            session_expiry=broker.session_expiry,
+            reconnect_cap=broker.reconnect_cap,
+            protocol=broker.protocol,
+        )
