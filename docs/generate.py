@@ -1,0 +1,167 @@
+"""Writes into the documentation what the code already says: state diagrams, topics, messages, reasons.
+
+Each generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. Run ``python docs/generate.py``
+after a change; ``--check`` (a test does it) changes nothing and fails where a part is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+from fleetfed.cloud_coordinator.state import CoordinatorMachine
+from fleetfed.device.state import DeviceMachine
+from fleetfed.gateway.state import GatewayMachine
+from fleetfed.shared import errors
+from fleetfed.shared.errors import RejectReason
+from fleetfed.shared.machine import Machine
+from fleetfed.shared.trust.verifier import SPEAKERS
+from fleetfed.shared.wire import messages, topics
+from fleetfed.shared.wire.envelope import BODY_LIMITS
+
+DOCS = Path(__file__).parent
+_PART = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _enum_docs(module: object, enum: str) -> dict[str, str]:
+    """The docstring under each member of an enum, which Python itself does not keep."""
+    tree = ast.parse(inspect.getsource(module))  # type: ignore[arg-type]
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == enum)
+    found = {}
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+            found[node.targets[0].id] = str(text).strip()
+    return found
+
+
+def topic_tables() -> str:
+    """Every member topic and broadcast."""
+    notes = _enum_docs(topics, "Verb")
+    members = [
+        (
+            f"`ff1/{{fleet}}/{{site}}/{'|'.join(rule.kinds)}/{{id}}/{rule.direction}/{verb}`",
+            str(rule.qos),
+            "yes" if rule.retain else "",
+            notes[verb.name],
+        )
+        for verb, rule in topics.VERBS.items()
+    ]
+    notes = _enum_docs(topics, "Broadcast")
+    broadcasts = [(f"`ff1/{{fleet}}/{{site}}/b/{what}`", "1", "yes", notes[what.name]) for what in topics.Broadcast]
+    blob = ("`ff1/{fleet}/{site}/b/blob/{hash}/{index}`", "1", "yes", "One chunk of a content-addressed object.")
+    return table(("topic", "QoS", "retained", "what"), [*members, *broadcasts, blob])
+
+
+def kind_table() -> str:
+    """Every kind of signed message, who may sign it, and its size limit."""
+    return table(
+        ("code", "kind", "signed by", "largest body, bytes"),
+        [
+            (
+                str(kind.value),
+                kind.name.lower(),
+                ", ".join(sorted(role.name.lower() for role in roles)),
+                str(BODY_LIMITS[kind]),
+            )
+            for kind, roles in SPEAKERS.items()
+        ],
+    )
+
+
+def _hint(hint: object) -> str:
+    if typing.get_origin(hint) is typing.Annotated:
+        inner, *bounds = typing.get_args(hint)
+        said = ", ".join(f"{b.low:g}…{b.high:g}" + (" long" if type(b).__name__ == "Length" else "") for b in bounds)
+        return f"{_hint(inner)} ({said})"
+    if typing.get_origin(hint) in (tuple, dict):
+        inside = ", ".join(_hint(a) for a in typing.get_args(hint) if a is not Ellipsis)
+        return f"{'array' if typing.get_origin(hint) is tuple else 'map'} of {inside}"
+    if typing.get_args(hint):
+        return " or ".join("nil" if a is type(None) else _hint(a) for a in typing.get_args(hint))
+    if isinstance(hint, type) and issubclass(hint, str) and hint is not str:
+        return "one of " + ", ".join(f"`{m.value}`" for m in hint) if hint is not RejectReason else "a reject reason"  # type: ignore[attr-defined]
+    return getattr(hint, "__name__", str(hint)).replace("Any", "anything")
+
+
+def message_tables() -> str:
+    """Every body, field by field."""
+    parts = []
+    for cls in vars(messages).values():
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+            continue
+        if cls.__module__ != messages.__name__:
+            continue
+        hints = typing.get_type_hints(cls, include_extras=True)
+        rows = [
+            (
+                f"`{f.name}`",
+                _hint(hints[f.name]),
+                "yes" if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING else "",
+            )
+            for f in dataclasses.fields(cls)
+        ]
+        doc = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+        parts.append(f"#### {cls.__name__}\n\n{doc}\n\n" + table(("field", "type", "required"), rows))
+    return "\n\n".join(parts)
+
+
+def reason_table() -> str:
+    """Every reason to refuse."""
+    notes = _enum_docs(errors, "RejectReason")
+    return table(("reason", "meaning"), [(f"`{reason}`", notes[reason.name]) for reason in RejectReason])
+
+
+def _diagram(machine: type[Machine[typing.Any]]) -> Callable[[], str]:
+    return lambda: f"```mermaid\n{machine.diagram()}\n```"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "topics": topic_tables,
+    "kinds": kind_table,
+    "messages": message_tables,
+    "reasons": reason_table,
+    "device-states": _diagram(DeviceMachine),
+    "gateway-states": _diagram(GatewayMachine),
+    "coordinator-states": _diagram(CoordinatorMachine),
+}
+
+
+def render(text: str) -> str:
+    """``text`` with every generated part made anew."""
+    return _PART.sub(lambda m: f"{m[1]}{PARTS[m['name']]()}\n{m[3]}", text)
+
+
+def main() -> int:
+    """Write the parts, or with ``--check`` tell which are stale."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a part is stale")
+    check = parser.parse_args().check
+    stale = []
+    for path in sorted(DOCS.rglob("*.md")):
+        text = path.read_text()
+        fresh = render(text)
+        if fresh != text:
+            stale.append(path.name)
+            if not check:
+                path.write_text(fresh)
+    if stale:
+        print(("stale, run `python docs/generate.py`: " if check else "written: ") + ", ".join(stale))
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
