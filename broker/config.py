@@ -1,0 +1,212 @@
+"""Settings of a broker: what a person writes in ``broker.toml``, and every bound with what it costs.
+
+Example of a file::
+
+    host = "0.0.0.0"
+    port = 8883
+    acl_file = "acl"
+    persistence_dir = "state"
+
+    [tls]
+    ca = "ca.pem"
+    cert = "broker.pem"
+    key = "broker.key"
+    crl = "crl.pem"
+
+    [limits]
+    max_connections = 2000
+
+Relative paths are taken from the file's own folder. Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.wire.limits import KIB, MAX_PACKET, MIB
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files of the TLS listener.
+
+    Attributes:
+        ca: authority that signs the clients' certificates.
+        cert: the broker's certificate chain.
+        key: its private key.
+        crl: revocation list of ``ca``; read again on reload.
+    """
+
+    ca: Path
+    cert: Path
+    key: Path
+    crl: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Every bound of the broker.
+
+    Attributes:
+        max_packet: bytes of one packet from a client; more ends its connection (0x95).
+        max_connections: connections at once; further ones are closed after the TLS handshake.
+        max_sessions: sessions, connected or not; further new ones are refused (0x97).
+        connect_timeout: seconds from the connection to its CONNECT.
+        max_keepalive: seconds; a longer wish, or none, is shortened for an MQTT 5 client.
+        max_session_expiry: seconds that a session outlives its connection at most.
+        receive_maximum: QoS 1 and 2 messages of one client that may wait for their acknowledgement.
+        max_inflight: QoS 1 and 2 messages sent to one client and not yet acknowledged by it.
+        max_subscriptions: filters of one session.
+        high_water: bytes queued for one connected subscriber from which its publishers wait for their PUBACK.
+        memory_high_water: bytes queued for all connected subscribers from which publishers are not read any more.
+        stall_timeout: seconds without any progress after which a subscriber above ``high_water`` is disconnected.
+        max_queued_messages: messages kept for one offline session; more are dropped and counted.
+        max_queued_bytes: bytes kept for one offline session.
+        max_offline_bytes: bytes kept for all offline sessions together.
+        max_retained_messages: retained messages; more are refused (0x97) and counted.
+        max_retained_bytes: bytes of retained messages.
+        max_message_rate: messages per second and client, averaged over ten seconds; 0 means unlimited.
+        max_byte_rate: bytes per second and client, averaged over ten seconds; 0 means unlimited.
+    """
+
+    max_packet: int = MAX_PACKET
+    max_connections: int = 4096
+    max_sessions: int = 20_000
+    connect_timeout: float = 10.0
+    max_keepalive: int = 300
+    max_session_expiry: int = 7 * 86_400
+    receive_maximum: int = 64
+    max_inflight: int = 64
+    max_subscriptions: int = 16_384
+    high_water: int = 8 * MIB
+    memory_high_water: int = 64 * MIB
+    stall_timeout: float = 60.0
+    max_queued_messages: int = 20_000
+    max_queued_bytes: int = 64 * MIB
+    max_offline_bytes: int = 256 * MIB
+    max_retained_messages: int = 100_000
+    max_retained_bytes: int = 1024 * MIB
+    max_message_rate: int = 0
+    max_byte_rate: int = 0
+
+    def __post_init__(self) -> None:
+        may_be_zero = {"max_message_rate", "max_byte_rate", "max_session_expiry"}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value < 0 or (value == 0 and item.name not in may_be_zero):
+                raise ConfigError(f"limits.{item.name} is {value}: give a positive number")
+        if self.max_packet < KIB or self.max_packet > 256 * MIB:
+            raise ConfigError(f"limits.max_packet is {self.max_packet}: MQTT allows 1024 bytes to 256 MiB")
+        for name in ("receive_maximum", "max_inflight", "max_keepalive"):
+            if getattr(self, name) > 0xFFFF:
+                raise ConfigError(f"limits.{name} is {getattr(self, name)}: MQTT allows at most 65535")
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerConfig:
+    """One broker with one listener, or two.
+
+    Attributes:
+        host: address to listen on.
+        port: TCP port; 0 picks a free one.
+        tls: files for TLS with mutual authentication; ``None`` makes the listener plain, which is allowed on a
+            loopback address only: a plain client may call itself what it likes.
+        acl_file: access control in Mosquitto's format; ``None`` allows everything.
+        persistence_dir: where retained messages, durable sessions and their queues survive a crash;
+            ``None`` keeps them in memory only.
+        plain_port: a second, plain listener on 127.0.0.1, for measurements and tests; 0 picks a free port.
+        sys_interval: seconds between two publications of ``$SYS``; 0 turns it off.
+        limits: every bound.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    tls: TlsFiles | None = None
+    acl_file: Path | None = None
+    persistence_dir: Path | None = None
+    plain_port: int | None = None
+    sys_interval: float = 10.0
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        for port in (self.port, self.plain_port or 0):
+            if not 0 <= port <= 0xFFFF:
+                raise ConfigError(f"port {port}: give 0 to 65535")
+        if self.tls is None and not _is_loopback(self.host):
+            raise ConfigError(f"host {self.host} needs [tls]: without it only a loopback address is served")
+        if self.tls is None and self.plain_port is not None:
+            raise ConfigError("plain_port: the listener is plain already; leave it out or add [tls]")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def load_config(path: Path) -> BrokerConfig:
+    """Read ``broker.toml``.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or has a key or a value that it must not have.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    try:
+        return config_from_table(table, path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def config_from_table(table: Mapping[str, Any], folder: Path) -> BrokerConfig:
+    """Build a configuration from parsed TOML; relative paths start at ``folder``.
+
+    Raises:
+        ConfigError: an unknown key, a missing one, or a value of the wrong type.
+    """
+    values = dict(table)
+    tls = limits = None
+    if (tls_table := values.pop("tls", None)) is not None:
+        tls = TlsFiles(**_typed(tls_table, TlsFiles, "tls.", folder))
+    if (limits_table := values.pop("limits", None)) is not None:
+        limits = Limits(**_typed(limits_table, Limits, "limits.", folder))
+    return BrokerConfig(**_typed(values, BrokerConfig, "", folder), tls=tls, limits=limits or Limits())
+
+
+def _typed(table: object, target: type, prefix: str, folder: Path) -> dict[str, Any]:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{prefix.rstrip('.')} must be a table")
+    known = {item.name: str(item.type) for item in fields(target)}
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        kind = known.get(name)
+        if kind is None:
+            raise ConfigError(f"unknown key {prefix}{name}; known are {', '.join(sorted(known))}")
+        wanted: type | tuple[type, ...]
+        if kind.startswith("Path"):
+            wanted = str
+        elif kind.startswith("int"):
+            wanted = int
+        elif kind.startswith("float"):
+            wanted = (int, float)
+        else:
+            wanted = str
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            raise ConfigError(f"{prefix}{name} is {value!r}: a {'text' if wanted is str else 'number'} is wanted")
+        values[name] = folder / str(value) if kind.startswith("Path") else value
+    if target is TlsFiles and (missing := {"ca", "cert", "key"} - values.keys()):
+        raise ConfigError(f"{prefix}{sorted(missing)[0]} is missing")
+    return values
