@@ -1,0 +1,761 @@
+"""The device's MQTT session: one thread, no event loop; the only device module that imports paho-mqtt.
+
+Rules:
+
+- The session's own thread is the only one that touches paho. The caller's thread leaves commands in a queue and wakes
+  it; what happens comes back as events on the caller's inbox. So no callback can block keep-alive, and paho's locks
+  and its ``select``, which stops working at 1024 open files, are not used.
+- Every connection gets a fresh paho client: nothing unconfirmed is sent again behind the caller's back. `Disconnected`
+  ends every token that is not done; a publish before the next `Connected` is lost as well. Keep what matters and
+  publish it again after `Connected`; receivers deduplicate.
+- A received message is confirmed by `DeviceSession.ack`, after it was handled, in order of arrival. A crash before that
+  brings it back. The broker stops at ``receive_maximum`` unconfirmed messages.
+- An inbox that is full drops QoS 0 and makes everything else wait here, up to a bound; beyond it the session
+  disconnects and comes back when the inbox has room.
+
+Example::
+
+    inbox: queue.Queue[Event] = queue.Queue(256)
+    session = DeviceSession(config, will=will, subscriptions=filters, inbox=inbox)
+    session.start()
+    while True:
+        match inbox.get():
+            case Connected(): token = session.publish(topic, b"...")
+            case Received() as message: handle(message); session.ack(message)
+            case PublishDone(token, refused_code): ...
+            case Disconnected(): ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import queue
+import random
+import selectors
+import socket
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, cast
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.mqtt.backoff import Backoff
+from fleetfed.shared.mqtt.config import ConnectionConfig, Will
+from fleetfed.shared.mqtt.errors import PACKET_TOO_LARGE, SessionBusyError
+from fleetfed.shared.mqtt.meter import ByteMeter
+from fleetfed.shared.mqtt.properties import connect_properties
+from fleetfed.shared.mqtt.sockets import open_socket
+from fleetfed.shared.mqtt.tls import client_context
+from fleetfed.shared.mqtt.versions import VersionChoice
+
+_log = logging.getLogger(__name__)
+
+MAX_QUEUED: Final = 64
+"""Messages of ours that may wait, confirmed or not yet sent; about 8 MB at most."""
+
+_MAX_BACKLOG: Final = 1024
+"""Events that wait for a full inbox before the session gives up its connection."""
+
+_BACKLOG_POLL: Final = 0.05
+"""Seconds between attempts to hand the backlog over; a queue cannot call back when it has room."""
+
+_FILTERS_PER_PACKET: Final = 8
+_PUBLISH_OVERHEAD: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The broker accepted and granted the subscriptions; ``session_present``: it had kept our session."""
+
+    session_present: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The connection is gone, and with it every token that is not done."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message; give it to `DeviceSession.ack` after it was handled.
+
+    Attributes:
+        retained: a copy that the broker had kept, not one that was just published.
+        connection: number of the connection it came on; with ``mid`` and ``qos`` what the confirmation needs.
+    """
+
+    topic: str
+    payload: bytes
+    retained: bool
+    connection: int = 0
+    mid: int = 0
+    qos: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PublishDone:
+    """The broker confirmed ``token``, or refused it with a reason code of 0x80 or above."""
+
+    token: int
+    refused_code: int | None = None
+
+
+Event = Connected | Disconnected | Received | PublishDone
+
+
+class Inbox(Protocol):
+    """Where events go: a `queue.Queue` with a ``maxsize``, or anything with this method of it."""
+
+    def put_nowait(self, item: Event, /) -> None:
+        """Take ``item`` or raise `queue.Full`; never block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceStatistics:
+    """How a session fared.
+
+    Attributes:
+        connected: whether there is a connection now; ``version5``: whether it speaks MQTT 5.
+        connects: connections made; ``failed_connects``: attempts that failed.
+        received: messages; ``dropped_qos0``: those that found the inbox full; ``malformed``: topic not text.
+        published: messages confirmed; ``refused``: refused by the broker; ``lost``: ended by a disconnect.
+        backlog: events that wait for the inbox now; ``backlog_high``: the most ever.
+        queued: messages of ours that wait now, to be sent or to be confirmed.
+    """
+
+    connected: bool
+    version5: bool
+    connects: int
+    failed_connects: int
+    received: int
+    dropped_qos0: int
+    malformed: int
+    published: int
+    refused: int
+    lost: int
+    backlog: int
+    backlog_high: int
+    queued: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Publish:
+    token: int
+    topic: str
+    payload: bytes
+    qos: int
+    retain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Subscribe:
+    filters: tuple[str, ...]
+    add: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Ack:
+    connection: int
+    mid: int
+    qos: int
+
+
+class DeviceSession:
+    """See the module.
+
+    Args:
+        config: where and as whom; a device's ``keepalive`` is 60.
+        will: what the broker says when we vanish; `close` says its topic's last word.
+        subscriptions: filters, subscribed at QoS 1 on every connect.
+        inbox: where events go.
+        rng: the source of the back-off's jitter.
+        meter: shared with others to count them together.
+        max_queued: messages of ours that may wait.
+
+    Raises:
+        ConfigError: the TLS files do not work.
+    """
+
+    def __init__(
+        self,
+        config: ConnectionConfig,
+        *,
+        inbox: Inbox,
+        will: Will | None = None,
+        subscriptions: Sequence[str] = (),
+        rng: random.Random | None = None,
+        meter: ByteMeter | None = None,
+        max_queued: int = MAX_QUEUED,
+    ) -> None:
+        if config.tls is not None:
+            client_context(config.tls)
+        self.config = config
+        self.meter = meter if meter is not None else ByteMeter()
+        self._will = will
+        self._inbox = inbox
+        self._max_queued = max_queued
+        self._backoff = Backoff(rng if rng is not None else random.Random(), cap=config.reconnect_cap)  # noqa: S311
+        self._version = VersionChoice(config)
+        self._tokens = itertools.count(1)
+        self._lock = threading.Lock()
+        # Shared between threads, under the lock.
+        self._subscriptions = list(dict.fromkeys(subscriptions))
+        self._commands: deque[_Publish | _Subscribe | _Ack] = deque()
+        self._queued = 0
+        self._farewell: bytes | None = None
+        self._closing = False
+        self._connected = False
+        # The session's thread alone.
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._backlog: deque[Event] = deque()
+        self._backlog_high = 0
+        self._connection = 0
+        self._link: _Link | None = None
+        self._version5 = False
+        self._connects = self._failed = self._received = self._dropped = self._malformed = 0
+        self._published = self._refused = self._lost = 0
+        self._thread = threading.Thread(target=self._run, name=f"mqtt-{config.client_id}", daemon=True)
+
+    def start(self) -> None:
+        """Begin to connect, in a thread of its own; once."""
+        self._thread.start()
+
+    def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> int:
+        """Queue a message and return its token, which a `PublishDone` or a `Disconnected` ends. Any thread.
+
+        Raises:
+            SessionBusyError: ``max_queued`` messages wait already.
+        """
+        with self._lock:
+            if self._queued >= self._max_queued:
+                raise SessionBusyError(f"{self._queued} messages wait already")
+            token = next(self._tokens)
+            self._queued += 1
+            self._commands.append(_Publish(token, topic, payload, qos, retain))
+        self._wake()
+        return token
+
+    def subscribe(self, *filters: str) -> None:
+        """Subscribe to more, now and after every reconnect. Any thread."""
+        with self._lock:
+            self._subscriptions += [each for each in filters if each not in self._subscriptions]
+            self._commands.append(_Subscribe(filters, add=True))
+        self._wake()
+
+    def unsubscribe(self, *filters: str) -> None:
+        """Unsubscribe, now and for good. Any thread."""
+        with self._lock:
+            self._subscriptions = [each for each in self._subscriptions if each not in filters]
+            self._commands.append(_Subscribe(filters, add=False))
+        self._wake()
+
+    def ack(self, message: Received) -> None:
+        """Tell the broker that ``message`` was handled; in order of arrival. Any thread, harmless when stale."""
+        if message.qos:
+            with self._lock:
+                self._commands.append(_Ack(message.connection, message.mid, message.qos))
+            self._wake()
+
+    def close(self, state_payload: bytes | None = None, *, timeout: float = 5.0) -> None:
+        """Say ``state_payload`` on the will's topic, disconnect in good order and end the thread.
+
+        Args:
+            state_payload: the last word; None says nothing. It is not said when there is no connection.
+            timeout: seconds for all of it; then the socket is just closed, and the broker sends the will.
+        """
+        with self._lock:
+            self._farewell = state_payload
+            self._closing = True
+        self._wake()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+            link = self._link
+            if self._thread.is_alive() and link is not None:
+                link.abandon = True
+                self._wake()
+                self._thread.join(timeout)
+        if not self._thread.is_alive():
+            self._wake_read.close()
+            self._wake_write.close()
+
+    def statistics(self) -> DeviceStatistics:
+        """How this session fared. Any thread."""
+        with self._lock:
+            return DeviceStatistics(
+                connected=self._connected,
+                version5=self._version5,
+                connects=self._connects,
+                failed_connects=self._failed,
+                received=self._received,
+                dropped_qos0=self._dropped,
+                malformed=self._malformed,
+                published=self._published,
+                refused=self._refused,
+                lost=self._lost,
+                backlog=len(self._backlog),
+                backlog_high=self._backlog_high,
+                queued=self._queued,
+            )
+
+    def _wake(self) -> None:
+        # A full pipe has woken it already, a closed one has nobody to wake.
+        with contextlib.suppress(OSError):
+            self._wake_write.send(b"\0")
+
+    # Everything below runs on the session's thread.
+
+    def _run(self) -> None:
+        while not self._closing:
+            again_at_once = self._connect_once()
+            self._forget_commands()
+            if not again_at_once:
+                self._rest(self._backoff.delay())
+
+    def _connect_once(self) -> bool:
+        """Make one connection and see it end; returns whether to try again without a pause."""
+        self._version5 = self._version.version5()
+        self._connection += 1
+        link = _Link(self, self._connection, version5=self._version5)
+        self._link = link
+        began = time.monotonic()
+        try:
+            reason = link.serve()
+        finally:
+            self._link = None
+            self._connected = False
+        if link.accepted:
+            self._version.connected()
+            self._backoff.connected_for(time.monotonic() - began)
+        if link.announced:
+            _log.info("%s: lost the broker: %s", self.config.client_id, reason)
+            self.post(Disconnected(reason))
+            return False
+        self._failed += 1
+        _log.info("%s: cannot connect to %s:%d: %s", self.config.client_id, self.config.host, self.config.port, reason)
+        if link.accepted:
+            return False
+        if link.refused is not None:
+            return self._version.refused(link.refused)
+        if link.reached:
+            return self._version.closed()
+        self._version.unreachable()
+        return False
+
+    def _forget_commands(self) -> None:
+        """What was queued for a connection that is gone is lost with it; the caller publishes it again."""
+        with self._lock:
+            # Subscriptions outlive connections: the broker keeps them in the session.
+            self._commands = deque(each for each in self._commands if isinstance(each, _Subscribe))
+            self._lost += self._queued
+            self._queued = 0
+
+    def _rest(self, seconds: float) -> None:
+        """Wait, handing over the backlog; until the inbox has room for everything, however long that takes."""
+        until = time.monotonic() + seconds
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake_read, selectors.EVENT_READ)
+            while not self._closing:
+                self.drain()
+                left = until - time.monotonic()
+                if left <= 0 and not self._backlog:
+                    return
+                if selector.select(min(left, _BACKLOG_POLL) if self._backlog else left):
+                    self.swallow_wake()
+
+    def swallow_wake(self) -> None:
+        """Empty the pipe that commands wake us with."""
+        with contextlib.suppress(BlockingIOError):
+            self._wake_read.recv(4096)
+
+    def post(self, event: Event) -> None:
+        """Put ``event`` on the inbox, or behind what waits for it already."""
+        self._backlog.append(event)
+        self.drain()
+        self._backlog_high = max(self._backlog_high, len(self._backlog))
+
+    def drain(self) -> None:
+        """Hand over as much of the backlog as the inbox takes."""
+        while self._backlog:
+            try:
+                self._inbox.put_nowait(self._backlog[0])
+            except queue.Full:
+                return
+            self._backlog.popleft()
+
+    # What a `_Link` asks of its session.
+
+    @property
+    def backlog(self) -> int:
+        """Events that wait for the inbox."""
+        return len(self._backlog)
+
+    @property
+    def closing(self) -> bool:
+        """Whether `close` was called."""
+        return self._closing
+
+    @property
+    def wake_socket(self) -> socket.socket:
+        """Readable when there are commands."""
+        return self._wake_read
+
+    @property
+    def will(self) -> Will | None:
+        """What the broker says when we vanish."""
+        return self._will
+
+    def farewell(self) -> bytes | None:
+        """The last word that `close` was given."""
+        return self._farewell
+
+    def filters(self) -> list[str]:
+        """What to subscribe to on connect."""
+        with self._lock:
+            return list(self._subscriptions)
+
+    def take_command(self) -> _Publish | _Subscribe | _Ack | None:
+        """The next command."""
+        with self._lock:
+            return self._commands.popleft() if self._commands else None
+
+    def put_back(self, command: _Publish) -> None:
+        """The window is full: this one first, later."""
+        with self._lock:
+            self._commands.appendleft(command)
+
+    def announce(self, *, session_present: bool) -> None:
+        """The connection is usable."""
+        # A command given before the caller could know of this connection belongs to none.
+        self._forget_commands()
+        self._connects += 1
+        self._connected = True
+        self.post(Connected(session_present))
+
+    def done(self, token: int, refused_code: int | None) -> None:
+        """A message of ours met its end."""
+        with self._lock:
+            self._queued -= 1
+        if refused_code is None:
+            self._published += 1
+        else:
+            self._refused += 1
+        self.post(PublishDone(token, refused_code))
+
+    def receive(self, message: Received) -> None:
+        """A message came in."""
+        self._received += 1
+        if message.qos == 0 and self._backlog:
+            self._dropped += 1
+            return
+        self.post(message)
+        if message.qos == 0 and self._backlog:
+            self._backlog.pop()
+            self._dropped += 1
+
+    def count_malformed(self) -> None:
+        """A topic was not text."""
+        self._malformed += 1
+
+
+class _Client(paho.Client):
+    """paho with our socket under it; it has no public hook before the TLS handshake."""
+
+    link: _Link
+
+    def _create_socket(self) -> socket.socket:
+        return self.link.make_socket()
+
+
+class _Link:
+    """One connection, from connect to loss, on the session's thread."""
+
+    def __init__(self, session: DeviceSession, number: int, *, version5: bool) -> None:
+        self.accepted = False
+        self.announced = False
+        self.reached = False
+        self.refused: int | None = None
+        self.abandon = False
+        self._session = session
+        self._config = session.config
+        self._number = number
+        self._version5 = version5
+        self._reason = "closed by us"
+        self._present = False
+        self._early: list[Received] = []
+        self._pending_grants: set[int] = set()
+        self._tokens: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
+        self._window = self._config.max_inflight
+        self._max_packet = self._config.max_packet
+        self._goodbye_mid: int | None = None
+        self._leaving = False
+        self._client = self._make_client()
+
+    def _make_client(self) -> _Client:
+        client = _Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=self._config.client_id,
+            protocol=paho.MQTTv5 if self._version5 else paho.MQTTv311,
+            clean_session=None if self._version5 else False,
+            reconnect_on_failure=False,
+            manual_ack=True,
+        )
+        client.link = self
+        client.connect_timeout = self._config.connect_timeout
+        # Our own window decides; what paho held back would die in its queue.
+        client.max_inflight_messages_set(0)
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_subscribe = self._on_subscribe
+        client.on_message = self._on_message
+        client.on_publish = self._on_publish
+        client.on_socket_close = self._on_socket_close
+        will = self._session.will
+        if will is not None:
+            client.will_set(will.topic, will.payload, will.qos, will.retain)
+        return client
+
+    def make_socket(self) -> socket.socket:
+        """Connect; the files are read anew, so that a renewed certificate works without a restart."""
+        try:
+            context = client_context(self._config.tls) if self._config.tls is not None else None
+        except ConfigError as error:
+            raise OSError(str(error)) from error
+        sock = open_socket(
+            self._config.host,
+            self._config.port,
+            timeout=self._config.connect_timeout,
+            context=context,
+            meter=self._session.meter,
+        )
+        self.reached = True
+        return sock
+
+    def serve(self) -> str:
+        """Connect and stay until the connection is gone; returns why."""
+        try:
+            if self._version5:
+                self._client.connect(
+                    self._config.host,
+                    self._config.port,
+                    self._config.keepalive,
+                    clean_start=False,
+                    properties=connect_properties(self._config),
+                )
+            else:
+                self._client.connect(self._config.host, self._config.port, self._config.keepalive)
+            self._loop()
+        except OSError as error:
+            self._reason = str(error)
+        except Exception as error:  # noqa: BLE001  # whatever paho trips over, the thread has to go on
+            _log.exception("%s: the MQTT client failed", self._config.client_id)
+            self._reason = repr(error)
+        finally:
+            self._client._sock_close()
+        return self._reason
+
+    def _loop(self) -> None:
+        session = self._session
+        answer_by = time.monotonic() + self._config.connect_timeout
+        # paho pings when keepalive has passed at the time of a check; brokers wait for 1.5 times that.
+        check_every = min(self._config.keepalive / 4, 5.0)
+        check_at = time.monotonic() + check_every
+        with selectors.DefaultSelector() as selector:
+            selector.register(session.wake_socket, selectors.EVENT_READ)
+            sock = cast("Any", self._client.socket())
+            mask = selectors.EVENT_READ
+            fd = sock.fileno()
+            selector.register(fd, mask)
+            while self._client.socket() is sock and not self.abandon:
+                wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)
+                if wanted != mask:
+                    mask = wanted
+                    selector.modify(fd, mask)
+                timeout = max(0.0, check_at - time.monotonic())
+                for key, ready in selector.select(min(timeout, _BACKLOG_POLL) if session.backlog else timeout):
+                    if key.fileobj != fd:
+                        session.swallow_wake()
+                    else:
+                        self._serve_socket(sock, ready)
+                session.drain()
+                self._obey()
+                now = time.monotonic()
+                if now >= check_at:
+                    check_at = now + check_every
+                    self._client.loop_misc()
+                if not self.announced and now > answer_by:
+                    self._reason = "no answer from the broker"
+                    return
+                if session.backlog > _MAX_BACKLOG:
+                    self._reason = "the inbox is full"
+                    self._client.disconnect()
+
+    def _serve_socket(self, sock: Any, ready: int) -> None:
+        if ready & selectors.EVENT_READ:
+            while True:
+                self._client.loop_read()
+                # Bytes that TLS already decrypted do not show as readable.
+                if self._client.socket() is not sock or not isinstance(sock, ssl.SSLSocket) or not sock.pending():
+                    break
+        if ready & selectors.EVENT_WRITE and self._client.socket() is sock:
+            self._client.loop_write()
+
+    def _obey(self) -> None:
+        """Perform what the caller asked for."""
+        while self.announced and self._client.socket() is not None:
+            command = self._session.take_command()
+            match command:
+                case None:
+                    break
+                case _Publish():
+                    if len(self._tokens) >= self._window:
+                        self._session.put_back(command)
+                        break
+                    self._publish(command)
+                case _Subscribe(filters, add):
+                    if add:
+                        self._subscribe(filters)
+                    else:
+                        self._client.unsubscribe(list(filters))
+                case _Ack(connection, mid, qos):
+                    if connection == self._number:
+                        self._client.ack(mid, qos)
+        if self._session.closing and not self._leaving:
+            self._leave()
+
+    def _publish(self, command: _Publish) -> None:
+        if len(command.payload) + 4 * len(command.topic) + _PUBLISH_OVERHEAD > self._max_packet:
+            self._session.done(command.token, PACKET_TOO_LARGE)
+            return
+        # QoS 0 is done when it was written, which may be inside this call: on_publish then finds no token.
+        info = self._client.publish(command.topic, command.payload, command.qos, command.retain)
+        if command.qos == 0 and info.is_published():
+            self._session.meter.add_payload(sent=len(command.payload))
+            self._session.done(command.token, None)
+            return
+        self._tokens[info.mid] = command.token
+        self._sizes[info.mid] = len(command.payload)
+
+    def _leave(self) -> None:
+        """The last word, then goodbye."""
+        self._leaving = True
+        word, will = self._session.farewell(), self._session.will
+        if not self.announced or word is None or will is None:
+            self._client.disconnect()
+            return
+        self._goodbye_mid = self._client.publish(will.topic, word, will.qos, will.retain).mid
+        if will.qos == 0:
+            self._client.disconnect()
+
+    def _subscribe(self, filters: Sequence[str]) -> None:
+        for start in range(0, len(filters), _FILTERS_PER_PACKET):
+            part = filters[start : start + _FILTERS_PER_PACKET]
+            if self._version5:
+                _, mid = self._client.subscribe([(each, SubscribeOptions(qos=1)) for each in part])
+            else:
+                _, mid = self._client.subscribe([(each, 1) for each in part])
+            if mid is not None and not self.announced:
+                self._pending_grants.add(mid)
+
+    # Callbacks of paho; all of them return at once.
+
+    def _on_connect(
+        self,
+        client: paho.Client,
+        userdata: Any,
+        flags: paho.ConnectFlags,
+        code: ReasonCode,
+        properties: Properties | None,
+    ) -> None:
+        if code.is_failure:
+            self.refused = code.value
+            self._reason = str(code)
+            return
+        self.accepted = True
+        self._present = flags.session_present
+        # MQTT 5 section 3.2.2.3.3: more unconfirmed messages than this are a protocol error.
+        self._window = min(self._window, getattr(properties, "ReceiveMaximum", 65535))
+        self._max_packet = min(self._max_packet, getattr(properties, "MaximumPacketSize", 1 << 28))
+        self._subscribe(self._session.filters())
+        self._announce_if_granted()
+
+    def _on_subscribe(
+        self, client: paho.Client, userdata: Any, mid: int, codes: list[ReasonCode], properties: Properties
+    ) -> None:
+        refused = [code.value for code in codes if code.is_failure]
+        if refused:
+            _log.error("%s: the broker does not let us listen: 0x%02x", self._config.client_id, refused[0])
+            if not self.announced:
+                self._reason = f"subscription refused with reason code 0x{refused[0]:02x}"
+                client.disconnect()
+                return
+        self._pending_grants.discard(mid)
+        self._announce_if_granted()
+
+    def _announce_if_granted(self) -> None:
+        if self.announced or self._pending_grants:
+            return
+        self.announced = True
+        self._session.announce(session_present=self._present)
+        for message in self._early:
+            self._session.receive(message)
+        self._early.clear()
+
+    def _on_message(self, client: paho.Client, userdata: Any, message: paho.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            # Not confirming it would bring it back for ever.
+            self._session.count_malformed()
+            client.ack(message.mid, message.qos)
+            return
+        payload = bytes(message.payload)
+        self._session.meter.add_payload(received=len(payload))
+        received = Received(topic, payload, message.retain, self._number, message.mid, message.qos)
+        if self.announced:
+            self._session.receive(received)
+        else:
+            self._early.append(received)
+
+    def _on_publish(
+        self, client: paho.Client, userdata: Any, mid: int, code: ReasonCode, properties: Properties
+    ) -> None:
+        if mid == self._goodbye_mid:
+            client.disconnect()
+            return
+        token = self._tokens.pop(mid, None)
+        if token is None:
+            return
+        size = self._sizes.pop(mid)
+        if not code.is_failure:
+            self._session.meter.add_payload(sent=size)
+        self._session.done(token, code.value if code.is_failure else None)
+
+    def _on_disconnect(
+        self,
+        client: paho.Client,
+        userdata: Any,
+        flags: paho.DisconnectFlags,
+        code: ReasonCode,
+        properties: Properties | None,
+    ) -> None:
+        if code.is_failure:
+            self._reason = str(code)
+
+    def _on_socket_close(self, client: paho.Client, userdata: Any, sock: Any) -> None:
+        self._session.meter.closing(sock)

@@ -1,0 +1,412 @@
+"""One connection to a broker, for asyncio: the only module that imports aiomqtt.
+
+A `Link` lives from one connect to the loss of that connection and is never used again. So nothing that paho-mqtt
+still holds can be sent on a later connection behind the caller's back.
+
+aiomqtt brings the context manager, subscribe and unsubscribe, and the glue between paho and the event loop. What it
+lacks is added here: the reason code of a PUBACK, whether a session was present, confirmation after handling instead of
+on arrival, a window of confirmations that respects the broker's, prompt failure when a broker closes instead of
+answering, and a write path that needs no trip through the selector.
+
+It reaches into these private members of aiomqtt 2.5 and paho 2.2, nothing else in the project does:
+``Client._client``, ``_connected``, ``_disconnected``, ``_on_*`` (aiomqtt), ``_create_socket``, ``_sock_close`` (paho).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import aiomqtt
+import paho.mqtt.client as paho
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from fleetfed.shared.errors import LocalProtocolError
+from fleetfed.shared.mqtt.config import ConnectionConfig, Will
+from fleetfed.shared.mqtt.errors import PACKET_TOO_LARGE, PublishRefusedError, SessionLostError, SubscribeRefusedError
+from fleetfed.shared.mqtt.meter import ByteMeter
+from fleetfed.shared.mqtt.properties import connect_properties
+from fleetfed.shared.mqtt.sockets import open_socket
+from fleetfed.shared.mqtt.tls import TlsFiles, client_context
+
+T = TypeVar("T")
+
+_FILTERS_PER_PACKET: Final = 8
+"""The strictest managed broker takes no more in one SUBSCRIBE."""
+
+_PUBLISH_OVERHEAD: Final = 16
+"""Bytes around topic and payload in a PUBLISH without properties, rounded up."""
+
+_GOODBYE: Final = 1.0
+"""Seconds to get a DISCONNECT out before the socket is just closed."""
+
+# paho and aiomqtt describe every packet at debug and what we handle ourselves at warning.
+_client_log = logging.getLogger("fleetfed.mqtt.client")
+_client_log.setLevel(logging.ERROR)
+
+
+class LinkError(Exception):
+    """A connection could not be made.
+
+    Attributes:
+        code: the broker's reason code (MQTT 5 numbering); None if it never answered.
+        reached: whether TCP and TLS worked, so that the broker closed instead of answering.
+    """
+
+    def __init__(self, text: str, *, code: int | None = None, reached: bool = False) -> None:
+        self.code = code
+        self.reached = reached
+        super().__init__(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """One received message; ``link.confirm(message)`` after it was handled."""
+
+    link: Link
+    mid: int
+    qos: int
+    topic: str
+    payload: bytes
+    retained: bool
+
+
+class Link(aiomqtt.Client):
+    """One connection: `open`, then publish and subscribe until `lost` is done, then `shut`.
+
+    Attributes:
+        lost: done when the connection is gone; its result says why.
+        session_present: whether the broker had kept this client's session.
+    """
+
+    def __init__(
+        self,
+        config: ConnectionConfig,
+        *,
+        version5: bool,
+        will: Will | None,
+        meter: ByteMeter,
+        on_message: Callable[[Incoming], None],
+        on_malformed: Callable[[], None],
+    ) -> None:
+        super().__init__(
+            config.host,
+            config.port,
+            identifier=config.client_id,
+            protocol=aiomqtt.ProtocolVersion.V5 if version5 else aiomqtt.ProtocolVersion.V311,
+            will=None if will is None else aiomqtt.Will(will.topic, will.payload, will.qos, will.retain),
+            # MQTT 5 section 3.1.2.4 and 3.1.2.11.2: the session survives only if it is neither started clean nor
+            # without expiry; 3.1.1 has the one flag.
+            clean_session=None if version5 else False,
+            clean_start=False if version5 else paho.MQTT_CLEAN_START_FIRST_ONLY,
+            properties=connect_properties(config) if version5 else None,
+            keepalive=config.keepalive,
+            timeout=config.connect_timeout,
+            # Our own window decides; paho must not hold messages back that would then die in its queue.
+            max_inflight_messages=0,
+            logger=_client_log,
+        )
+        self.session_present = False
+        self.lost: asyncio.Future[str] = self._loop.create_future()
+        self.pending_calls_threshold = 1 << 16
+        self._config = config
+        self._version5 = version5
+        self._meter = meter
+        self._deliver = on_message
+        self._malformed = on_malformed
+        self._thread = threading.get_ident()
+        self._window = asyncio.Semaphore(config.max_inflight)
+        self._unconfirmed: dict[int, asyncio.Future[int]] = {}
+        self._max_packet = config.max_packet
+        self._refused: int | None = None
+        self._reached = False
+        self._abandoned = False
+        self._reading = True
+        self._fd = -1
+        self._client.manual_ack_set(True)
+        self._client.connect_timeout = config.connect_timeout
+        self._client._create_socket = self._create_socket  # type: ignore[method-assign]
+
+    async def open(self) -> None:
+        """Connect; blocks the event loop nowhere.
+
+        Raises:
+            LinkError: not reachable, refused, or closed without an answer.
+        """
+        try:
+            await self.__aenter__()
+        except aiomqtt.MqttError as error:
+            self._abandon(str(error))
+            raise LinkError(str(error), code=self._refused, reached=self._reached) from error
+        except BaseException:
+            self._abandon("cancelled")
+            raise
+
+    async def wait_lost(self) -> str:
+        """Wait until the connection is gone; returns why."""
+        # A plain await would cancel the future together with the caller.
+        await asyncio.wait((self.lost,))
+        return self.lost.result()
+
+    async def shut(self) -> None:
+        """Say goodbye, so that the broker discards the will, and close."""
+        if not self.lost.done():
+            self._client.disconnect()
+            await asyncio.wait((self.lost,), timeout=_GOODBYE)
+        self._abandon("closed by us")
+
+    async def publish_confirmed(self, topic: str, payload: bytes, *, qos: int, retain: bool) -> None:
+        """Publish; returns when the broker confirmed (QoS 0: when the bytes were handed to the kernel).
+
+        Raises:
+            SessionLostError: the connection ended first.
+            PublishRefusedError: the broker refused it, or it is larger than the broker takes.
+            LocalProtocolError: the topic is not one to publish on.
+        """
+        if len(payload) + 4 * len(topic) + _PUBLISH_OVERHEAD > self._max_packet:
+            raise PublishRefusedError(topic, PACKET_TOO_LARGE)
+        await self._window.acquire()
+        if self.lost.done():
+            self._window.release()
+            raise SessionLostError(self.lost.result())
+        try:
+            info = self._client.publish(topic, payload, qos, retain)
+        except ValueError as error:
+            self._window.release()
+            raise LocalProtocolError(f"{topic}: {error}") from error
+        if info.rc != paho.MQTT_ERR_SUCCESS:
+            self._window.release()
+            raise SessionLostError(paho.error_string(info.rc))
+        # paho writes in a later turn of the loop, so that the answer cannot come before this line.
+        answer: asyncio.Future[int] = self._loop.create_future()
+        self._unconfirmed[info.mid] = answer
+        code = await answer
+        if code < 0:
+            raise SessionLostError(self.lost.result())
+        if code >= 0x80:
+            raise PublishRefusedError(topic, code)
+        self._meter.add_payload(sent=len(payload))
+
+    async def subscribe_all(self, filters: Sequence[str]) -> None:
+        """Subscribe at QoS 1; the effective quality is the publisher's where that is lower.
+
+        Raises:
+            SessionLostError: the connection ended first.
+            SubscribeRefusedError: the broker did not grant one.
+        """
+        for start in range(0, len(filters), _FILTERS_PER_PACKET):
+            part = filters[start : start + _FILTERS_PER_PACKET]
+            if self._version5:
+                codes = await self._or_lost(self.subscribe([(each, SubscribeOptions(qos=1)) for each in part]))
+            else:
+                codes = await self._or_lost(self.subscribe([(each, 1) for each in part]))
+            for each, code in zip(part, codes, strict=True):
+                value = code.value if isinstance(code, ReasonCode) else int(code)
+                if value >= 0x80:
+                    raise SubscribeRefusedError(each, value)
+
+    async def unsubscribe_all(self, filters: Sequence[str]) -> None:
+        """Unsubscribe.
+
+        Raises:
+            SessionLostError: the connection ended first.
+        """
+        for start in range(0, len(filters), _FILTERS_PER_PACKET):
+            await self._or_lost(self.unsubscribe(list(filters[start : start + _FILTERS_PER_PACKET])))
+
+    def confirm(self, message: Incoming) -> None:
+        """Tell the broker that ``message`` was handled; harmless once the connection is gone."""
+        if message.qos and not self.lost.done():
+            self._client.ack(message.mid, message.qos)
+
+    def pause_reading(self) -> None:
+        """Leave what the broker sends in the kernel's buffer, so that TCP holds it back."""
+        if self._reading and not self.lost.done():
+            self._reading = False
+            self._loop.remove_reader(self._fd)
+
+    def resume_reading(self) -> None:
+        """Read again."""
+        if not self._reading and not self.lost.done():
+            self._reading = True
+            self._loop.add_reader(self._fd, self._read)
+            # Bytes that TLS already decrypted do not show as readable.
+            self._loop.call_soon(self._read)
+
+    @property
+    def awaiting(self) -> int:
+        """Own messages that the broker has not confirmed."""
+        return len(self._unconfirmed)
+
+    async def _or_lost(self, call: Any) -> Any:
+        """The result of an aiomqtt call, or `SessionLostError` as soon as the connection is gone."""
+        task = asyncio.ensure_future(call)
+        try:
+            await asyncio.wait((task, self.lost), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise SessionLostError(self.lost.result())
+            try:
+                return task.result()
+            except aiomqtt.MqttError as error:
+                raise SessionLostError(str(error)) from error
+        finally:
+            task.cancel()
+
+    def _create_socket(self) -> socket.socket:
+        # Runs in aiomqtt's executor thread. Reading the files anew lets a renewed certificate work without a restart.
+        context: ssl.SSLContext | None = None
+        if self._config.tls is not None:
+            context = _context(self._config.tls)
+        sock = open_socket(
+            self._config.host,
+            self._config.port,
+            timeout=self._config.connect_timeout,
+            context=context,
+            meter=self._meter,
+        )
+        if self._abandoned:
+            self._meter.closing(sock)
+            sock.close()
+            raise ConnectionAbortedError("no longer wanted")
+        self._reached = True
+        return sock
+
+    # The callbacks of paho, all on the event loop's thread but the first two, which may run in the executor.
+
+    def _on_socket_open(self, client: paho.Client, userdata: Any, sock: Any) -> None:
+        def start() -> None:
+            if sock.fileno() >= 0 and not self._abandoned:
+                self._fd = sock.fileno()
+                self._loop.add_reader(self._fd, self._read)
+                self._misc_task = self._loop.create_task(self._misc_loop())
+
+        self._loop.call_soon_threadsafe(start)
+
+    def _on_socket_register_write(self, client: paho.Client, userdata: Any, sock: Any) -> None:
+        # A plain turn of the loop instead of the selector: all messages of one turn leave in one go.
+        if threading.get_ident() == self._thread:
+            self._loop.call_soon(self._write)
+        else:
+            self._loop.call_soon_threadsafe(self._write)
+
+    def _on_socket_unregister_write(self, client: paho.Client, userdata: Any, sock: Any) -> None:
+        self._loop.remove_writer(sock.fileno())
+
+    def _on_socket_close(self, client: paho.Client, userdata: Any, sock: Any) -> None:
+        self._meter.closing(sock)
+        fd = sock.fileno()
+        if fd >= 0 and threading.get_ident() == self._thread:
+            self._loop.remove_reader(fd)
+            self._loop.remove_writer(fd)
+        if self._misc_task is not None:
+            self._misc_task.cancel()
+
+    def _on_connect(
+        self,
+        client: paho.Client,
+        userdata: Any,
+        flags: paho.ConnectFlags,
+        reason_code: ReasonCode,
+        properties: Properties | None = None,
+    ) -> None:
+        self.session_present = flags.session_present
+        if reason_code.is_failure:
+            self._refused = reason_code.value
+        # MQTT 5 section 3.2.2.3.3: more unconfirmed messages than this are a protocol error.
+        self._window = asyncio.Semaphore(min(self._config.max_inflight, getattr(properties, "ReceiveMaximum", 65535)))
+        self._max_packet = min(self._config.max_packet, getattr(properties, "MaximumPacketSize", 1 << 28))
+        super()._on_connect(client, userdata, flags, reason_code, properties)
+
+    def _on_disconnect(
+        self,
+        client: paho.Client,
+        userdata: Any,
+        flags: paho.DisconnectFlags,
+        reason_code: ReasonCode,
+        properties: Properties | None = None,
+    ) -> None:
+        if not self._connected.done():
+            # aiomqtt would wait for its timeout.
+            self._connected.set_exception(aiomqtt.MqttError("the broker closed the connection before it answered"))
+        super()._on_disconnect(client, userdata, flags, reason_code, properties)
+        self._lose(str(reason_code))
+
+    def _on_publish(
+        self, client: paho.Client, userdata: Any, mid: int, reason_code: ReasonCode, properties: Properties
+    ) -> None:
+        self._settle(mid, reason_code.value)
+
+    def _on_message(self, client: paho.Client, userdata: Any, message: paho.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            # Not confirming it would bring it back for ever.
+            self._malformed()
+            self._client.ack(message.mid, message.qos)
+            return
+        payload = bytes(message.payload)
+        self._meter.add_payload(received=len(payload))
+        self._deliver(Incoming(self, message.mid, message.qos, topic, payload, message.retain))
+
+    def _read(self) -> None:
+        try:
+            while self._reading:
+                self._client.loop_read()
+                sock = self._client.socket()
+                if not isinstance(sock, ssl.SSLSocket) or not sock.pending():
+                    break
+        except Exception as error:  # noqa: BLE001  # whatever paho trips over, the connection is not usable any more
+            _client_log.exception("reading from the broker")
+            self._abandon(repr(error))
+
+    def _write(self) -> None:
+        try:
+            self._client.loop_write()
+        except Exception as error:  # noqa: BLE001  # as above
+            _client_log.exception("writing to the broker")
+            self._abandon(repr(error))
+            return
+        sock = self._client.socket()
+        if sock is not None and self._client.want_write():
+            self._loop.add_writer(sock.fileno(), self._write)
+
+    def _settle(self, mid: int, code: int) -> None:
+        answer = self._unconfirmed.pop(mid, None)
+        if answer is None:
+            return
+        # The slot was taken for the message, not for who waits: it stays taken if the caller was cancelled.
+        self._window.release()
+        if not answer.done():
+            answer.set_result(code)
+
+    def _lose(self, reason: str) -> None:
+        if not self.lost.done():
+            self.lost.set_result(reason)
+        for future in (self._connected, self._disconnected):
+            if future.done() and not future.cancelled():
+                future.exception()  # marked as seen
+        for mid in list(self._unconfirmed):
+            self._settle(mid, -1)
+
+    def _abandon(self, reason: str) -> None:
+        """Close without a word; afterwards nothing of this link is left in the loop."""
+        self._abandoned = True
+        if self._lock.locked():
+            self._lock.release()
+        self._client._sock_close()
+        self._lose(reason)
+
+
+def _context(files: TlsFiles) -> ssl.SSLContext:
+    try:
+        return client_context(files)
+    except Exception as error:
+        raise OSError(str(error)) from error

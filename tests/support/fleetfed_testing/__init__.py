@@ -1,0 +1,1 @@
+"""What tests share: certificates, real brokers, and proxies that count, cut and refuse."""
