@@ -104,7 +104,7 @@ class RoundSettings:
     weighting: Weighting = Weighting.EXAMPLES
     weight_cap: Annotated[int, Range(1, 2**31 - 1)] = 1000
     error_feedback: bool = True
-    training: Training = Training()
+    training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
         if self.expires <= self.deadline:
@@ -214,11 +214,11 @@ class CoordinatorConfig:
     broker: BrokerConfig
     model: ModelConfig | None = None
     validation: ValidationConfig | None = None
-    rounds: RoundSettings = RoundSettings()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    clips: ClipConfig = ClipConfig()
-    patch: PatchConfig = PatchConfig()
-    storage: StorageConfig = StorageConfig()
+    rounds: RoundSettings = field(default_factory=RoundSettings)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    clips: ClipConfig = field(default_factory=ClipConfig)
+    patch: PatchConfig = field(default_factory=PatchConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
     autostart: bool = False
     log_level: Annotated[str, Length(1, 20)] = "INFO"
 
