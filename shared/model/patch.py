@@ -27,9 +27,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,28 +37,17 @@ from fleetfed.shared.aggregate.body import pack_symbols, packed_size, unpack_sym
 from fleetfed.shared.aggregate.compression import compress, decompress, max_compressed
 from fleetfed.shared.aggregate.lanes import Values, levels
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
+from fleetfed.shared.model.table import WeightTable
 from fleetfed.shared.wire import limits
 
 DEFAULT_BITS: Final = 4
-DEFAULT_CLIP: Final = 8.0
-"""Largest expressible step in units of the tensor's rms."""
+DEFAULT_CLIP: Final = 12.0
+"""Largest expressible difference in units of the step's rms."""
 
 _HEADER: Final = struct.Struct("<4sBBHIQ32s32sQ")
 _MAGIC: Final = b"FFP1"
 
 Weights = NDArray[np.float32]
-
-
-class Slot(Protocol):
-    """Where one float32 tensor sits in the model file."""
-
-    @property
-    def offset(self) -> int:
-        """First byte of the tensor in the file."""
-
-    @property
-    def size(self) -> int:
-        """Number of float32 values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,42 +90,10 @@ class Patched:
     target_sha256: bytes
 
 
-def read_weights(file: bytes | bytearray | memoryview, slots: Sequence[Slot]) -> Weights:
-    """Return the file's weights as one flat float32 vector, tensor after tensor.
-
-    Raises:
-        RemoteProtocolError: WRONG_SHAPE if a slot lies outside the file.
-    """
-    dimension = _check_slots(len(file), slots)
-    flat = np.empty(dimension, dtype=np.float32)
-    at = 0
-    for slot in slots:
-        flat[at : at + slot.size] = np.frombuffer(file, dtype="<f4", count=slot.size, offset=slot.offset)
-        at += slot.size
-    return flat
-
-
-def write_weights(file: bytes | bytearray | memoryview, slots: Sequence[Slot], weights: Weights) -> bytearray:
-    """Return a copy of the file with other weights.
-
-    Raises:
-        RemoteProtocolError: WRONG_SHAPE if a slot lies outside the file, or the vector has another length.
-    """
-    dimension = _check_slots(len(file), slots)
-    if weights.shape != (dimension,):
-        raise RemoteProtocolError(RejectReason.WRONG_SHAPE, f"{weights.shape} weights for {dimension} in the file")
-    new = bytearray(file)
-    at = 0
-    for slot in slots:
-        np.frombuffer(new, dtype="<f4", count=slot.size, offset=slot.offset)[:] = weights[at : at + slot.size]
-        at += slot.size
-    return new
-
-
 def make_patch(
     base: bytes,
-    step: NDArray[np.floating[np.typing.NBitBase]],
-    slots: Sequence[Slot],
+    step: NDArray[np.floating[Any]],
+    table: WeightTable,
     *,
     residual: Weights | None = None,
     bits: int = DEFAULT_BITS,
@@ -146,14 +102,14 @@ def make_patch(
 ) -> Patched:
     """Return the patch that moves the base by about ``step``, and the file that it makes.
 
-    A tensor's scale is ``clip * rms / (2**(bits-1) - 1)``, or the smaller one that its largest difference needs: the
-    rms, unlike the maximum, is not set by one outlier, so that small differences keep their resolution; what lies
-    beyond goes with the residual into the next patch.
+    A tensor's scale is ``clip * rms / (2**(bits-1) - 1)``: one level is a fixed multiple of the step's rms, which
+    fixes the entropy and so the bytes per weight. The rms, unlike the maximum, is not set by one outlier; what lies beyond the
+    clip goes with the residual into the next patch.
 
     Args:
         base: the model file that devices hold.
         step: wanted weights less the base's, shape (dimension,), finite; float32 or float64.
-        slots: the weight table.
+        table: where the weights sit in it.
         residual: of the patch before this one; None starts anew.
         bits: 2..8 or 16.
         clip: largest expressible difference in units of the tensor's rms.
@@ -163,34 +119,40 @@ def make_patch(
         ValueError: wrong shape, bits or clip, or a step that is not finite.
     """
     _check_bits(bits)
-    dimension = _check_slots(len(base), slots)
+    table.validate(len(base))
+    dimension = table.parameters
     if step.shape != (dimension,) or (residual is not None and residual.shape != (dimension,)):
         raise ValueError(f"a step of {step.shape} for {dimension} weights")
     if not clip > 0:
         raise ValueError(f"clip must be positive, not {clip}")
     limit = levels(bits)
     wanted = step.astype(np.float64)
-    if residual is not None:
-        wanted += residual
+    if residual is None:
+        residual = np.zeros(dimension, dtype=np.float32)
+    wanted += residual
     if not np.isfinite(wanted).all():
         raise ValueError("the step holds NaN or infinity")
-    scales = np.zeros(len(slots), dtype="<f4")
+    scales = np.zeros(len(table.tensors), dtype="<f4")
     values: Values = np.zeros(dimension, dtype=np.int8 if bits <= 8 else np.int16)
     at = 0
-    for i, slot in enumerate(slots):
+    for i, slot in enumerate(table.tensors):
         part = wanted[at : at + slot.size]
-        most = min(float(np.abs(part).max()), clip * float(np.sqrt(np.dot(part, part) / part.size)))
-        scale = np.float32(most / limit)
+        # The rms of the step without what was carried: carried errors are as large as the scale makes them, and a
+        # scale that follows them in full would grow without end once a level exceeds 3.5 rms.
+        rms = max(_rms(step[at : at + slot.size]), _rms(residual[at : at + slot.size]) / 4)
+        scale = np.float32(clip * rms / limit)
         # A subnormal scale would lose its precision on processors that flush subnormals to zero.
         if scale >= np.finfo(np.float32).tiny:
             scales[i] = scale
             values[at : at + slot.size] = np.clip(np.rint(part / float(scale)), -limit, limit)
         at += slot.size
     new = bytearray(base)
-    lost = _add(new, slots, values, scales, wanted=wanted)
+    lost = _add(new, table, values, scales, wanted=wanted)
     peak = max(-int(values.min()), int(values.max()))
     target = hashlib.sha256(new).digest()
-    head = _HEADER.pack(_MAGIC, bits, 0, len(slots), dimension, len(base), hashlib.sha256(base).digest(), target, peak)
+    head = _HEADER.pack(
+        _MAGIC, bits, 0, len(table.tensors), dimension, len(base), hashlib.sha256(base).digest(), target, peak
+    )
     body = scales.tobytes() + pack_symbols(values, peak).tobytes()
     return Patched(patch=head + compress(body, level=level), file=bytes(new), residual=lost, target_sha256=target)
 
@@ -234,7 +196,7 @@ def read_info(patch: bytes | bytearray | memoryview) -> PatchInfo:
 
 
 def apply_patch(
-    base: bytes | bytearray | memoryview, slots: Sequence[Slot], patch: bytes | bytearray | memoryview
+    base: bytes | bytearray | memoryview, table: WeightTable, patch: bytes | bytearray | memoryview
 ) -> bytearray:
     """Return the new model file.
 
@@ -243,7 +205,7 @@ def apply_patch(
 
     Args:
         base: the model file that the device holds; not changed. May be a memory map's view.
-        slots: the weight table.
+        table: where the weights sit in it.
         patch: what `make_patch` made.
 
     Raises:
@@ -254,7 +216,8 @@ def apply_patch(
     info = read_info(patch)
     if info.size != len(base) or hashlib.sha256(base).digest() != info.base_sha256:
         raise RemoteProtocolError(RejectReason.WRONG_MODEL, "the patch starts from another file")
-    if _check_slots(len(base), slots) != info.dimension or len(slots) != info.tensors:
+    table.validate(len(base))
+    if table.parameters != info.dimension or len(table.tensors) != info.tensors:
         raise RemoteProtocolError(
             RejectReason.WRONG_SHAPE, f"a patch of {info.tensors} tensors, {info.dimension} weights"
         )
@@ -266,7 +229,7 @@ def apply_patch(
         raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, "a scale is negative or not finite")
     values = unpack_symbols(np.frombuffer(content, dtype=np.uint8, offset=scale_bytes), info.peak, info.dimension)
     new = bytearray(base)
-    _add(new, slots, values, scales)
+    _add(new, table, values, scales)
     if hashlib.sha256(new).digest() != info.target_sha256:
         raise RemoteProtocolError(RejectReason.BODY_MISMATCH, "the patched file is not the promised one")
     return new
@@ -279,7 +242,7 @@ def max_patch(dimension: int, tensors: int, bits: int) -> int:
 
 def _add(
     file: bytearray,
-    slots: Sequence[Slot],
+    table: WeightTable,
     values: Values,
     scales: Weights,
     *,
@@ -288,7 +251,7 @@ def _add(
     """Add ``values * scale`` to the file's weights in place; return what is left of ``wanted`` (nothing without it)."""
     lost = np.empty(0 if wanted is None else values.size, dtype=np.float32)
     at = 0
-    for slot, scale in zip(slots, scales, strict=True):
+    for slot, scale in zip(table.tensors, scales, strict=True):
         weights = np.frombuffer(file, dtype="<f4", count=slot.size, offset=slot.offset)
         change = values[at : at + slot.size].astype("<f4")
         # Two statements, two roundings: contracting them into a fused multiply-add would give other bytes.
@@ -302,21 +265,11 @@ def _add(
     return lost
 
 
+def _rms(part: NDArray[np.floating[Any]]) -> float:
+    wide = part.astype(np.float64)
+    return float(np.sqrt(np.dot(wide, wide) / wide.size))
+
+
 def _check_bits(bits: int) -> None:
     if not (2 <= bits <= 8 or bits == 16):
         raise ValueError(f"a patch has 2..8 or 16 bits, not {bits}")
-
-
-def _check_slots(size: int, slots: Sequence[Slot]) -> int:
-    """Return the number of weights, having checked that the slots lie in the file and do not overlap."""
-    end, dimension = 0, 0
-    for slot in sorted(slots, key=lambda s: s.offset):
-        if slot.size < 1 or slot.offset < end or slot.offset + 4 * slot.size > size:
-            raise RemoteProtocolError(
-                RejectReason.WRONG_SHAPE, f"{slot.size} weights at byte {slot.offset} of a file of {size}"
-            )
-        end = slot.offset + 4 * slot.size
-        dimension += slot.size
-    if not dimension:
-        raise RemoteProtocolError(RejectReason.WRONG_SHAPE, "no weights")
-    return dimension
