@@ -1,0 +1,122 @@
+"""`fleetfed coordinator`: set up and run the coordinator."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import click
+
+from fleetfed.cloud_coordinator.cli import output
+from fleetfed.cloud_coordinator.control_errors import CommandFailedError
+
+TEMPLATE = """\
+# Settings of the FleetFed coordinator. Relative paths begin at this file's folder. What is commented out shows the
+# default, or an example.
+
+identity = "{identity}"        # made by `fleetfed keys init` or `keys issue`
+state = "state"                # the database, model files and status.json
+# autostart = false            # true: rounds run from the first start on, without `fleetfed round start`
+# log_level = "INFO"
+
+[broker]
+host = "{host}"
+port = {port}
+
+# Published as version 1 where there is no model yet: `fleetfed model build` makes both files.
+[model]
+file = "{model}"               # its card stands beside it with the suffix .card
+
+# What every version is evaluated on; without it the devices' own held-out examples count.
+# [validation]
+# file = "validation.npz"
+
+[rounds]
+rounds = 20                    # versions to make; 0 for no limit
+# target_accuracy = 0.95       # stop there
+# interval = 0.0               # seconds between two rounds
+start_when = 1                 # devices that must be ready before a round opens
+# fraction = 1.0               # part of the devices in each round
+# minimum_examples = 1
+# labels = {{ ward = "3" }}      # only devices that carry these labels
+# quorum_fraction = 1.0        # part of the expected devices that closes a gateway's round
+# quorum_minimum = 1           # fewest devices for a new version
+deadline = 600.0               # seconds until gateways close a round
+expires = 900.0                # seconds until the coordinator closes it
+# weighting = "examples"       # or "uniform"
+
+[rounds.training]
+epochs = 1
+optimizer = "sgd"              # or "adam"
+learning_rate = 0.05
+# momentum = 0.9
+# proximal = 0.0               # FedProx
+
+# [clips]
+# bits = 4                     # of one coordinate of an update
+# [patch]
+# bits = 4                     # of one weight's difference on the way down
+# [storage]
+# database = "postgresql+psycopg://fleetfed@db/fleetfed"   # default: SQLite in the state folder
+"""
+
+
+@click.group(epilog=output.example("fleetfed coordinator init --host mqtt.example.org", "fleetfed coordinator run"))
+def coordinator() -> None:
+    """Set up and run the coordinator."""
+
+
+_config = click.option(
+    "--config",
+    "-c",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("coordinator.toml"),
+    show_default=True,
+    help="Its settings.",
+)
+
+
+@coordinator.command(epilog=output.example("fleetfed coordinator init --host mqtt.example.org --model digits.tflite"))
+@_config
+@click.option("--identity", default="keys/identities/coordinator", show_default=True, help="Its identity folder.")
+@click.option("--host", default="localhost", show_default=True, help="The broker.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8883, show_default=True)
+@click.option("--model", default="models/digits.tflite", show_default=True, help="The first model.")
+@output.json_option
+def init(config: Path, identity: str, host: str, port: int, model: str, as_json: bool) -> None:
+    """Write a commented coordinator.toml to start from, and an operator.toml beside it."""
+    from fleetfed.cloud_coordinator.config import CoordinatorConfig
+
+    operator = config.with_name("operator.toml")
+    if config.exists():
+        raise CommandFailedError(f"{config} exists; it is not overwritten")
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(TEMPLATE.format(identity=identity, host=host, port=port, model=model))
+    CoordinatorConfig.load(config)
+    files = [config]
+    if not operator.exists():
+        member = Path(identity).with_name("operator")
+        operator.write_text(
+            f'# What `fleetfed round`, `model` and `fleet` read.\nidentity = "{member}"\n\n'
+            f'[broker]\nhost = "{host}"\nport = {port}\n'
+        )
+        files.append(operator)
+    if as_json:
+        output.print_json({"files": files})
+        return
+    for path in files:
+        print(path)
+    print(f"\nNext: edit {config}, then: fleetfed coordinator run --config {config}")
+
+
+@coordinator.command(epilog=output.example("fleetfed coordinator run --config coordinator.toml"))
+@_config
+@click.option("--log-level", help="Instead of the file's.")
+def run(config: Path, log_level: str | None) -> int:
+    """Run the coordinator until SIGTERM or Ctrl-C; a later start goes on where it stopped."""
+    from fleetfed.cloud_coordinator.config import CoordinatorConfig
+    from fleetfed.cloud_coordinator.service import run_coordinator
+
+    settings = CoordinatorConfig.load(config)
+    logging.getLogger().setLevel((log_level or settings.log_level).upper())
+    return run_coordinator(settings)

@@ -1,0 +1,201 @@
+"""`fleetfed round`: start, stop and watch rounds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fleetfed.cloud_coordinator.cli import output
+from fleetfed.cloud_coordinator.cli.control import ask, control_options
+from fleetfed.shared.wire.messages import Command, Status
+
+_HISTORY = 12
+
+
+@click.group(name="round", epilog=output.example("fleetfed round start --rounds 20", "fleetfed round watch"))
+def round_() -> None:
+    """Start, stop and watch rounds."""
+
+
+@round_.command(
+    epilog=output.example(
+        "fleetfed round start --rounds 20 --target 0.95",
+        "fleetfed round start --fraction 0.2 --set training.epochs=2 --set training.learning_rate=0.01",
+    )
+)
+@click.option("--rounds", type=click.IntRange(0, 1_000_000), help="Versions to make, then stop; 0 for no limit.")
+@click.option("--target", type=click.FloatRange(0, 1), help="Stop at this accuracy.")
+@click.option("--fraction", type=click.FloatRange(0, 1), help="Part of the devices that takes part in each round.")
+@click.option("--interval", type=click.FloatRange(0), help="Seconds between two rounds.")
+@click.option("--deadline", type=click.FloatRange(0.05), help="Seconds until gateways close a round.")
+@click.option("--expires", type=click.FloatRange(0.1), help="Seconds until the coordinator closes it.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of [rounds]; may be repeated.")
+@control_options
+@output.json_option
+def start(
+    rounds: int | None,
+    target: float | None,
+    fraction: float | None,
+    interval: float | None,
+    deadline: float | None,
+    expires: float | None,
+    settings: tuple[str, ...],
+    config: Path,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Start rounds, with the coordinator's settings or with others."""
+    given = {
+        "rounds": rounds,
+        "target_accuracy": target,
+        "fraction": fraction,
+        "interval": interval,
+        "deadline": deadline,
+        "expires": expires,
+    }
+    arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    for text in settings:
+        _set(arguments, text)
+    _show(ask(config, Command.ROUND_START, arguments, timeout=timeout), as_json)
+
+
+def _set(arguments: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise click.UsageError(f"--set {text}: give KEY=VALUE")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        # Words need no quotes here, as the shell has eaten them.
+        parsed = value
+    *tables, name = key.split(".")
+    for table in tables:
+        arguments = arguments.setdefault(table, {})
+        if not isinstance(arguments, dict):
+            raise click.UsageError(f"--set {text}: {table} is a value, not a table")
+    arguments[name] = parsed
+
+
+def _simple(name: str, command: Command, text: str) -> None:
+    @round_.command(name=name, help=text, epilog=output.example(f"fleetfed round {name}"))
+    @control_options
+    @output.json_option
+    def run(config: Path, timeout: float, as_json: bool) -> None:
+        _show(ask(config, command, timeout=timeout), as_json)
+
+
+_simple("pause", Command.ROUND_PAUSE, "Open no further round; one that is open goes on to its end.")
+_simple("resume", Command.ROUND_RESUME, "Go on where pause or abort stopped.")
+_simple("status", Command.ROUND_STATUS, "Show what the coordinator is doing, and the last rounds.")
+
+
+@round_.command(epilog=output.example('fleetfed round abort --reason "wrong learning rate"'))
+@click.option("--reason", default="aborted by an operator", show_default=True, help="Kept with the round.")
+@control_options
+@output.json_option
+def abort(reason: str, config: Path, timeout: float, as_json: bool) -> None:
+    """End the open round without a new version, and pause."""
+    _show(ask(config, Command.ROUND_ABORT, {"reason": reason}, timeout=timeout), as_json)
+
+
+@round_.command(epilog=output.example("fleetfed round watch", "fleetfed round watch --json | jq .round"))
+@click.option("--until-idle", is_flag=True, help="Stop when no further round is to come.")
+@control_options
+@output.json_option
+def watch(until_idle: bool, config: Path, timeout: float, as_json: bool) -> None:
+    """Follow the rounds as they run; Ctrl-C ends watching, not the rounds."""
+    if as_json:
+        show: Callable[[Status], None] = lambda status: output.print_json(status, indent=None)  # noqa: E731
+        _follow(config, timeout, until_idle, show)
+    elif sys.stdout.isatty():
+        from rich.live import Live
+
+        with Live(auto_refresh=False) as live:
+            _follow(config, timeout, until_idle, lambda status: live.update(_live(status), refresh=True))
+    else:
+        _follow(config, timeout, until_idle, lambda status: print(line(status), flush=True))
+
+
+def _follow(config: Path, timeout: float, until_idle: bool, show: Callable[[Status], None]) -> None:
+    from fleetfed.cloud_coordinator.control_client import ControlClient, OperatorConfig
+
+    async def run() -> None:
+        async with ControlClient(OperatorConfig.load(config), timeout=timeout) as client:
+            async for status in client.watch():
+                show(status)
+                if until_idle and status.state in _RESTING:
+                    return
+
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(run())
+
+
+_RESTING = frozenset({"idle", "finished", "paused"})
+
+
+def line(status: Status) -> str:
+    """A status on one line."""
+    last = status.history[-1] if status.history else {}
+    accuracy = last.get("accuracy")
+    shown = f", accuracy {accuracy:.4f}" if isinstance(accuracy, float) else ""
+    return (
+        f"{status.state}: round {status.round}, version {status.version}, "
+        f"{status.accepted} of {status.expected} devices{shown}"
+    )
+
+
+def _live(status: Status) -> Any:
+    from rich.console import Group
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("devices"))
+    bar.add_task(f"{status.state}, round {status.round}", total=max(1, status.expected), completed=status.accepted)
+    return Group(history_table(list(status.history)[-_HISTORY:]), bar)
+
+
+def history_table(history: list[dict[str, Any]]) -> Any:
+    """The last rounds as a rich table."""
+    from rich import box
+    from rich.table import Table
+
+    grid = Table(box=box.SIMPLE_HEAD)
+    for name in ("round", "outcome", "version", "accuracy", "devices", "up", "patch", "seconds"):
+        grid.add_column(name, justify="left" if name == "outcome" else "right")
+    for row in history:
+        grid.add_row(*history_row(row))
+    return grid
+
+
+def history_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """One round of the history as text, in the order of `history_table`."""
+    accuracy = row.get("accuracy")
+    seconds = row.get("seconds")
+    return (
+        str(row.get("round", "-")),
+        str(row.get("outcome", "-")),
+        str(row.get("version") or "-"),
+        f"{accuracy:.4f}" if isinstance(accuracy, float) else "-",
+        str(row.get("contributors", "-")),
+        output.size(row["update_bytes"]) if "update_bytes" in row else "-",
+        output.size(row["patch_bytes"]) if "patch_bytes" in row else "-",
+        f"{seconds:.2f}" if isinstance(seconds, float) else "-",
+    )
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        output.print_json(result)
+        return
+    history = result.get("history", [])
+    output.pairs({key: value for key, value in result.items() if key != "history"})
+    if history:
+        from rich.console import Console
+
+        Console(highlight=False).print(history_table(list(history)[-_HISTORY:]))
