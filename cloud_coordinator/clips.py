@@ -48,9 +48,9 @@ class ClipConfig:
 
     bits: int = 4
     first_bits: int = 8
-    multiplier: float = 8.0
+    multiplier: float = 12.0
     target: float = 0.005
-    first_share: float = 1.0
+    first_share: float = 4.0
 
     def __post_init__(self) -> None:
         if not (2 <= self.bits <= 16 and 2 <= self.first_bits <= 16):

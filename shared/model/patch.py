@@ -103,8 +103,8 @@ def make_patch(
     """Return the patch that moves the base by about ``step``, and the file that it makes.
 
     A tensor's scale is ``clip * rms / (2**(bits-1) - 1)``: one level is a fixed multiple of the step's rms, which
-    fixes the entropy and so the bytes per weight. The rms, unlike the maximum, is not set by one outlier; what lies beyond the
-    clip goes with the residual into the next patch.
+    fixes the entropy and so the bytes per weight. The rms, unlike the maximum, is not set by one outlier; what lies
+    beyond the clip goes with the residual into the next patch.
 
     Args:
         base: the model file that devices hold.

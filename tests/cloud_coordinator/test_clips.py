@@ -11,7 +11,7 @@ from fleetfed.shared.aggregate.meta import Contribution, MetaLayout, MetaSum
 from fleetfed.shared.aggregate.quantize import Grid, quantize
 from fleetfed.shared.errors import ConfigError, StorageError
 
-CONFIG = ClipConfig(bits=4, first_bits=8, multiplier=6.0, target=0.01)
+CONFIG = ClipConfig(bits=4, first_bits=8, multiplier=6.0, target=0.01, first_share=1.0)
 
 
 def meta(clipped: tuple[float, ...], log2_rms: tuple[float, ...]) -> MetaSum:
