@@ -107,9 +107,11 @@ def pack_symbols(values: Values, peak: int) -> Bytes:
     if peak == 0:
         return np.empty(0, dtype=np.uint8)
     if peak > _BYTE_PEAK:
-        wide = values.astype(np.int64)
-        zigzag = ((wide << np.int64(1)) ^ (wide >> np.int64(63))).view(np.uint64)
-        return _to_planes(zigzag, _planes(peak))
+        kind: Any = _kind(peak)
+        signed: Values = values.astype(kind)
+        zigzag: Values = (signed << kind(1)) ^ (signed >> kind(8 * np.dtype(kind).itemsize - 1))
+        planes = zigzag.astype(signed.dtype.newbyteorder("<")).view(np.uint8).reshape(-1, signed.itemsize)
+        return np.ascontiguousarray(planes[:, : _planes(peak)].T).reshape(-1)
     # A cast to uint8 is modulo 256, and so is the addition: together they give value + peak exactly.
     digits = values.astype(np.uint8)
     digits += np.uint8(peak)
@@ -136,12 +138,17 @@ def unpack_symbols(packed: Bytes, peak: int, dimension: int) -> Values:
     if peak == 0:
         return np.zeros(dimension, dtype=np.int8)
     if peak > _BYTE_PEAK:
-        zigzag = _from_planes(packed, _planes(peak), dimension)
-        wide = (zigzag >> np.uint64(1)).view(np.int64) ^ -((zigzag & np.uint64(1)).view(np.int64))
-        if _peak(wide) > peak:
+        kind: Any = _kind(peak)
+        planes = np.zeros((dimension, np.dtype(kind).itemsize), dtype=np.uint8)
+        planes[:, : _planes(peak)] = packed.reshape(-1, dimension).T
+        zigzag: Values = planes.view(np.dtype(kind).newbyteorder("<")).reshape(-1).astype(kind)
+        sign = -(zigzag & kind(1))
+        # The shift must bring in a zero, whatever the top bit: zigzag is an unsigned number.
+        zigzag = (zigzag >> kind(1)) & kind(np.iinfo(kind).max)
+        zigzag ^= sign
+        if _peak(zigzag) > peak:
             raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, f"a value beyond the peak of {peak}")
-        kind = next(k for k in (np.int16, np.int32, np.int64) if peak <= np.iinfo(k).max)
-        return wide.astype(kind)
+        return zigzag
     m, base = _per_byte(peak), 2 * peak + 1
     if int(packed.max()) >= base**m:
         raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, f"a byte that is no group of {m} symbols of base {base}")
@@ -162,20 +169,14 @@ def _per_byte(peak: int) -> int:
     return m
 
 
+def _kind(peak: int) -> type[np.int16 | np.int32 | np.int64]:
+    """The narrowest type that holds plus and minus the peak; its zigzag needs no wider one."""
+    return np.int16 if peak < 1 << 15 else np.int32 if peak < 1 << 31 else np.int64
+
+
 def _planes(peak: int) -> int:
     return -(-(2 * peak).bit_length() // 8)
 
 
 def _peak(values: NDArray[np.signedinteger[Any]]) -> int:
     return max(-int(values.min()), int(values.max()), 0)
-
-
-def _to_planes(zigzag: Words, planes: int) -> Bytes:
-    view = zigzag.astype("<u8").view(np.uint8).reshape(-1, 8)
-    return np.ascontiguousarray(view[:, :planes].T).reshape(-1)
-
-
-def _from_planes(packed: Bytes, planes: int, dimension: int) -> Words:
-    raw = np.zeros((dimension, 8), dtype=np.uint8)
-    raw[:, :planes] = packed.reshape(planes, dimension).T
-    return raw.view("<u8").reshape(-1).astype(np.uint64)

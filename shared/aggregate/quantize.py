@@ -29,6 +29,10 @@ from fleetfed.shared.errors import LocalProtocolError
 _CHUNK: Final = 1 << 15
 """Coordinates per step: three scratch vectors of this length are all that quantizing needs beyond its results."""
 
+_LEAST_CLIP: Final = float(np.float32(1e-30))
+_MOST_CLIP: Final = float(np.float32(1e30))
+"""The plan's bounds on a clip; between them no scale overflows float32."""
+
 Floats = NDArray[np.floating[Any]]
 
 
@@ -42,7 +46,7 @@ class Grid:
 
     Attributes:
         sizes: coordinates of each tensor, in the weight table's order.
-        clips: ``v_max`` of each tensor, positive and finite, in units of the weights. Taken as float32, which is how a
+        clips: ``v_max`` of each tensor, 1e-30 to 1e30, in units of the weights. Taken as float32, which is how a
             plan carries them.
         bits: signed bits per coordinate, 2..16.
         weight_cap: largest weight that counts; 1 makes every device count the same.
@@ -60,8 +64,8 @@ class Grid:
         if self.weight_cap < 1:
             raise ValueError(f"weight_cap must be at least 1, not {self.weight_cap}")
         clips = tuple(float(np.float32(clip)) for clip in self.clips)
-        if not all(math.isfinite(clip) and clip >= np.finfo(np.float32).tiny for clip in clips):
-            raise ValueError("clips must be positive, finite, normal float32 numbers")
+        if not all(_LEAST_CLIP <= clip <= _MOST_CLIP for clip in clips):
+            raise ValueError(f"clips must be in {_LEAST_CLIP}..{_MOST_CLIP}")
         object.__setattr__(self, "clips", clips)
 
     @property

@@ -209,9 +209,9 @@ def apply_patch(
         patch: what `make_patch` made.
 
     Raises:
-        RemoteProtocolError: what `read_info` raises; WRONG_MODEL (the patch starts from another file); WRONG_SHAPE (the
-            table does not fit patch or file); DECOMPRESSION, TRUNCATED, TOO_LARGE, MALFORMED or OUT_OF_RANGE (the
-            content); BODY_MISMATCH (the result is not the promised file).
+        RemoteProtocolError: what `read_info` raises; WRONG_MODEL (the patch starts from another file); MALFORMED or
+            WRONG_SHAPE (the table does not fit the file, or the patch); DECOMPRESSION, TRUNCATED, TOO_LARGE, MALFORMED
+            or OUT_OF_RANGE (the content); BODY_MISMATCH (the result is not the promised file).
     """
     info = read_info(patch)
     if info.size != len(base) or hashlib.sha256(base).digest() != info.base_sha256:

@@ -72,7 +72,7 @@ def test_any_bytes_decode_within_the_limit_or_give_a_documented_error(
     }
 
 
-@given(st.sampled_from([1, 2, 3, 7, 90, 127, 300]), st.integers(1, 40), st.data())
+@given(st.sampled_from([1, 2, 3, 7, 90, 127, 300, 32767, 40_000, 2**31 + 5]), st.integers(1, 40), st.data())
 def test_any_packed_bytes_unpack_within_the_peak_or_are_refused(peak: int, dimension: int, data: st.DataObject) -> None:
     size = packed_size(dimension, peak)
     packed = np.frombuffer(data.draw(st.binary(min_size=size, max_size=size)), dtype=np.uint8)
