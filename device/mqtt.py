@@ -49,7 +49,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.errors import ConfigError, LocalProtocolError
 from fleetfed.shared.mqtt.backoff import Backoff
 from fleetfed.shared.mqtt.config import ConnectionConfig, Will
 from fleetfed.shared.mqtt.errors import PACKET_TOO_LARGE, SessionBusyError
@@ -70,6 +70,7 @@ _MAX_BACKLOG: Final = 1024
 _BACKLOG_POLL: Final = 0.05
 """Seconds between attempts to hand the backlog over; a queue cannot call back when it has room."""
 
+_MAX_TOPIC: Final = 1024
 _FILTERS_PER_PACKET: Final = 8
 _PUBLISH_OVERHEAD: Final = 16
 
@@ -240,7 +241,10 @@ class DeviceSession:
 
         Raises:
             SessionBusyError: ``max_queued`` messages wait already.
+            LocalProtocolError: the topic is not one to publish on.
         """
+        if not topic or "+" in topic or "#" in topic or "\0" in topic or len(topic) > _MAX_TOPIC:
+            raise LocalProtocolError(f"{topic[:100]!r} is not a topic to publish on")
         with self._lock:
             if self._queued >= self._max_queued:
                 raise SessionBusyError(f"{self._queued} messages wait already")
@@ -586,7 +590,8 @@ class _Link:
                 if wanted != mask:
                     mask = wanted
                     selector.modify(fd, mask)
-                timeout = max(0.0, check_at - time.monotonic())
+                until = check_at if self.announced else min(check_at, answer_by)
+                timeout = max(0.0, until - time.monotonic())
                 for key, ready in selector.select(min(timeout, _BACKLOG_POLL) if session.backlog else timeout):
                     if key.fileobj != fd:
                         session.swallow_wake()
@@ -598,7 +603,7 @@ class _Link:
                 if now >= check_at:
                     check_at = now + check_every
                     self._client.loop_misc()
-                if not self.announced and now > answer_by:
+                if not self.announced and now >= answer_by:
                     self._reason = "no answer from the broker"
                     return
                 if session.backlog > _MAX_BACKLOG:

@@ -13,6 +13,7 @@ from fleetfed_testing.fixtures import (
     fleet_pki,
     mosquitto_broker,
     mqtt_versions_forgotten,
+    start_any_broker,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "fleet_pki",
     "mosquitto_broker",
     "mqtt_versions_forgotten",
+    "start_any_broker",
 ]

@@ -48,9 +48,11 @@ _PUBLISH_OVERHEAD: Final = 16
 _GOODBYE: Final = 1.0
 """Seconds to get a DISCONNECT out before the socket is just closed."""
 
-# paho and aiomqtt describe every packet at debug and what we handle ourselves at warning.
+_log = logging.getLogger(__name__)
+
+# paho and aiomqtt describe every packet at debug, and call an error what is the life of a mobile client.
 _client_log = logging.getLogger("fleetfed.mqtt.client")
-_client_log.setLevel(logging.ERROR)
+_client_log.setLevel(logging.CRITICAL)
 
 
 class LinkError(Exception):
@@ -82,6 +84,15 @@ class Incoming:
 class Link(aiomqtt.Client):
     """One connection: `open`, then publish and subscribe until `lost` is done, then `shut`.
 
+    Args:
+        config: where and as whom.
+        version5: MQTT 5, or else 3.1.1.
+        will: what the broker says when we vanish.
+        meter: counts the connection.
+        on_accepted: called when the broker accepted, before the first message.
+        on_message: called with every message.
+        on_malformed: called for a message whose topic is not text.
+
     Attributes:
         lost: done when the connection is gone; its result says why.
         session_present: whether the broker had kept this client's session.
@@ -94,6 +105,7 @@ class Link(aiomqtt.Client):
         version5: bool,
         will: Will | None,
         meter: ByteMeter,
+        on_accepted: Callable[[Link], None],
         on_message: Callable[[Incoming], None],
         on_malformed: Callable[[], None],
     ) -> None:
@@ -120,6 +132,7 @@ class Link(aiomqtt.Client):
         self._config = config
         self._version5 = version5
         self._meter = meter
+        self._accepted = on_accepted
         self._deliver = on_message
         self._malformed = on_malformed
         self._thread = threading.get_ident()
@@ -323,6 +336,9 @@ class Link(aiomqtt.Client):
         # MQTT 5 section 3.2.2.3.3: more unconfirmed messages than this are a protocol error.
         self._window = asyncio.Semaphore(min(self._config.max_inflight, getattr(properties, "ReceiveMaximum", 65535)))
         self._max_packet = min(self._config.max_packet, getattr(properties, "MaximumPacketSize", 1 << 28))
+        if not reason_code.is_failure:
+            # Here and not after `open`: the session's first messages may be in the same read.
+            self._accepted(self)
         super()._on_connect(client, userdata, flags, reason_code, properties)
 
     def _on_disconnect(
@@ -364,14 +380,14 @@ class Link(aiomqtt.Client):
                 if not isinstance(sock, ssl.SSLSocket) or not sock.pending():
                     break
         except Exception as error:  # noqa: BLE001  # whatever paho trips over, the connection is not usable any more
-            _client_log.exception("reading from the broker")
+            _log.exception("reading from the broker")
             self._abandon(repr(error))
 
     def _write(self) -> None:
         try:
             self._client.loop_write()
         except Exception as error:  # noqa: BLE001  # as above
-            _client_log.exception("writing to the broker")
+            _log.exception("writing to the broker")
             self._abandon(repr(error))
             return
         sock = self._client.socket()

@@ -274,6 +274,7 @@ class Session:
             version5=self._version5,
             will=self._will,
             meter=self.meter,
+            on_accepted=self._accepted,
             on_message=self._enqueue,
             on_malformed=self._count_malformed,
         )
@@ -291,8 +292,6 @@ class Session:
         self._version.connected()
         began = time.monotonic()
         try:
-            # Before the subscriptions, because the broker may deliver as soon as it has accepted.
-            self._push(_Connected(link))
             # The broker kept the session's filters, those too that were dropped while there was no connection.
             await self._drop_unwanted(link)
             await link.subscribe_all(self._subscriptions)
@@ -319,6 +318,9 @@ class Session:
 
     def _name(self) -> tuple[str, str, int]:
         return self.config.client_id, self.config.host, self.config.port
+
+    def _accepted(self, link: Link) -> None:
+        self._push(_Connected(link))
 
     def _count_malformed(self) -> None:
         self._malformed += 1

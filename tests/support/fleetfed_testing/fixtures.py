@@ -57,18 +57,23 @@ def embedded_broker(tmp_path: Path, fleet_pki: FleetPki) -> Iterator[Callable[..
 
 
 @pytest.fixture(params=_KINDS)
-def any_broker(request: pytest.FixtureRequest) -> RunningBroker:
-    """A broker with mutual TLS that allows everything, once as Mosquitto and once as the embedded one."""
+def start_any_broker(request: pytest.FixtureRequest) -> StartBroker:
+    """`mosquitto_broker`, then `embedded_broker`; ``tls`` and ``acl`` work for both."""
     start: StartBroker = request.getfixturevalue(f"{request.param}_broker")
-    broker: RunningBroker = start()
+    return start
+
+
+@pytest.fixture
+def any_broker(start_any_broker: StartBroker) -> RunningBroker:
+    """A broker with mutual TLS that allows everything, once as Mosquitto and once as the embedded one."""
+    broker: RunningBroker = start_any_broker()
     return broker
 
 
-@pytest.fixture(params=_KINDS)
-def any_plain_broker(request: pytest.FixtureRequest) -> RunningBroker:
+@pytest.fixture
+def any_plain_broker(start_any_broker: StartBroker) -> RunningBroker:
     """The same without TLS."""
-    start: StartBroker = request.getfixturevalue(f"{request.param}_broker")
-    broker: RunningBroker = start(tls=False)
+    broker: RunningBroker = start_any_broker(tls=False)
     return broker
 
 

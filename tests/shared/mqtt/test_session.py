@@ -1,0 +1,515 @@
+"""The asyncio session against real brokers, and against servers that misbehave in one particular way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from fleetfed_testing.brokers import Embedded, FleetPki, Mosquitto, RunningBroker, free_port
+from fleetfed_testing.proxies import LegacyProxy, Proxy, RawBroker, publish_packet
+from fleetfed_testing.waiting import eventually
+
+from fleetfed.cloud_coordinator.pki import Role
+from fleetfed.shared.errors import ConfigError, LocalProtocolError
+from fleetfed.shared.mqtt.config import ConnectionConfig, Will
+from fleetfed.shared.mqtt.errors import PublishRefusedError, SessionLostError
+from fleetfed.shared.mqtt.session import Session
+
+SECONDS = 10
+
+
+class Peer:
+    """A session with a record of what happened to it."""
+
+    def __init__(self, config: ConnectionConfig, *subscriptions: str, will: Will | None = None) -> None:
+        self.connects: list[bool] = []
+        self.losses: list[str] = []
+        self.messages: list[tuple[str, bytes, bool]] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.changed = asyncio.Condition()
+        self.on_each: Callable[[bytes], Any] | None = None
+        self.session = Session(
+            config,
+            subscriptions=subscriptions,
+            on_connect=self._connect,
+            on_message=self._message,
+            on_disconnect=self._loss,
+            will=will,
+            rng=random.Random(1),
+        )
+        self.task = asyncio.create_task(self.session.run())
+
+    @property
+    def payloads(self) -> list[bytes]:
+        return [payload for _, payload, _ in self.messages]
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        async with asyncio.timeout(SECONDS), self.changed:
+            await self.changed.wait_for(condition)
+
+    async def stop(self) -> None:
+        self.gate.set()
+        if self.task.done():
+            return
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+
+    async def _note(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def _connect(self, session_present: bool) -> None:
+        self.connects.append(session_present)
+        await self._note()
+
+    async def _loss(self, reason: str) -> None:
+        self.losses.append(reason)
+        await self._note()
+
+    async def _message(self, topic: str, payload: bytes, retained: bool) -> None:
+        await self.gate.wait()
+        if self.on_each is not None:
+            await self.on_each(payload)
+        self.messages.append((topic, payload, retained))
+        await self._note()
+
+
+MakePeer = Callable[..., Any]
+
+
+@pytest.fixture
+async def peer() -> AsyncIterator[MakePeer]:
+    """Starts peers and, at the end, stops them and looks for what they left behind."""
+    peers: list[Peer] = []
+
+    async def start(config: ConnectionConfig, *subscriptions: str, connected: bool = True, **options: Any) -> Peer:
+        made = Peer(config, *subscriptions, **options)
+        peers.append(made)
+        if connected:
+            await asyncio.wait_for(made.session.wait_connected(), SECONDS)
+        return made
+
+    yield start
+    for each in peers:
+        await each.stop()
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not [task.get_name() for task in left if "mqtt" in task.get_name() or "misc" in repr(task.get_coro())]
+
+
+async def test_messages_arrive_in_order_and_in_the_handlers_one_at_a_time(
+    any_broker: RunningBroker, peer: MakePeer
+) -> None:
+    one = await peer(any_broker.config("d-1"), "news/#")
+    two = await peer(any_broker.config("d-2"))
+    payloads = [b"%d" % number for number in range(50)]
+    await asyncio.gather(*(two.session.publish("news/today", each) for each in payloads))
+    await one.until(lambda: len(one.messages) == 50)
+    assert one.payloads == payloads
+    assert {topic for topic, _, _ in one.messages} == {"news/today"}
+    assert one.connects == [False]
+    assert one.session.statistics().version5
+
+
+async def test_burst_of_500_loses_nothing(any_broker: RunningBroker, peer: MakePeer) -> None:
+    one = await peer(any_broker.config("d-1"), "burst")
+    two = await peer(any_broker.config("d-2"))
+    payloads = [os.urandom(8) + bytes(2000) for _ in range(500)]
+    await asyncio.gather(*(two.session.publish("burst", each) for each in payloads))
+    await one.until(lambda: len(one.messages) == 500)
+    assert one.payloads == payloads
+    assert two.session.statistics().published == 500
+
+
+async def test_retained_message_comes_marked(any_broker: RunningBroker, peer: MakePeer) -> None:
+    one = await peer(any_broker.config("d-1"))
+    await one.session.publish("plan", b"7", retain=True)
+    two = await peer(any_broker.config("d-2"), "plan")
+    await two.until(lambda: two.messages)
+    assert two.messages == [("plan", b"7", True)]
+
+
+async def test_round_trip_has_no_hidden_delay(any_broker: RunningBroker, peer: MakePeer) -> None:
+    one = await peer(any_broker.config("d-1"), "echo")
+    times = []
+    for number in range(30):
+        began = time.perf_counter()
+        await one.session.publish("echo", b"x" * 500)
+        await one.until(lambda count=number + 1: len(one.messages) == count)
+        times.append(time.perf_counter() - began)
+    # Nagle with delayed acknowledgements costs 40 ms, a loop that polls 50 or more; the path itself costs 0.2.
+    assert sorted(times)[15] < 0.02
+
+
+async def test_offline_messages_come_after_reconnect(
+    any_broker: RunningBroker, peer: MakePeer, fleet_pki: FleetPki
+) -> None:
+    with Proxy(any_broker.port) as proxy:
+        one = await peer(any_broker.config("d-1", port=proxy.port), "news")
+        two = await peer(any_broker.config("d-2"))
+        target, proxy.target = proxy.target, free_port()
+        proxy.cut()
+        await one.until(lambda: one.losses)
+        for number in range(5):
+            await two.session.publish("news", b"%d" % number)
+        assert not one.session.connected
+        with pytest.raises(SessionLostError):
+            await one.session.publish("news", b"never")
+        proxy.target = target
+        await one.until(lambda: len(one.messages) == 5)
+        assert one.payloads == [b"0", b"1", b"2", b"3", b"4"]
+        assert one.connects == [False, True]
+
+
+async def test_events_alternate_and_precede_their_messages(any_broker: RunningBroker, peer: MakePeer) -> None:
+    with Proxy(any_broker.port) as proxy:
+        one = await peer(any_broker.config("d-1", port=proxy.port), "plan")
+        await one.session.publish("plan", b"1", retain=True)
+        for count in (2, 3):
+            proxy.cut()
+            await one.until(lambda expected=count: len(one.connects) == expected)
+        assert len(one.losses) == 2
+
+
+async def test_denied_publish_raises_with_the_brokers_reason(
+    start_any_broker: Callable[..., RunningBroker], peer: MakePeer
+) -> None:
+    broker = start_any_broker(acl="pattern write own/%u/#\n")
+    one = await peer(broker.config("d-1"))
+    await one.session.publish("own/d-1/state", b"mine")
+    with pytest.raises(PublishRefusedError) as caught:
+        await one.session.publish("own/d-2/state", b"not mine")
+    assert caught.value.code == 0x87
+    assert caught.value.topic == "own/d-2/state"
+    assert one.session.statistics().refused == 1
+    assert one.session.connected
+
+
+@pytest.mark.parametrize(
+    ("answer", "remembered"),
+    [
+        pytest.param(b"\x20\x03\x00\x84\x00", True, id="connack-0x84"),
+        pytest.param(b"\x20\x02\x00\x01", True, id="connack-0x01"),
+        pytest.param(b"", False, id="closes"),
+    ],
+)
+async def test_old_broker_gets_311(
+    answer: bytes, remembered: bool, any_plain_broker: RunningBroker, peer: MakePeer
+) -> None:
+    with LegacyProxy(any_plain_broker.port, answer) as proxy:
+        one = await peer(any_plain_broker.config("d-1", port=proxy.port), "news")
+        await one.session.publish("news", b"hello")
+        await one.until(lambda: one.messages)
+        assert not one.session.statistics().version5
+        assert proxy.versions == [5, 4]
+        proxy.cut()
+        await one.until(lambda: len(one.connects) == 2)
+        assert one.connects == [False, True]
+        assert proxy.versions == ([5, 4, 4] if remembered else [5, 4, 5, 4])
+
+
+async def test_slow_handler_holds_the_broker_back(any_broker: RunningBroker, peer: MakePeer) -> None:
+    one = await peer(any_broker.config("d-1", receive_maximum=10), "work")
+    two = await peer(any_broker.config("d-2"))
+    one.gate.clear()
+    payloads = [b"%d" % number for number in range(300)]
+    await asyncio.gather(*(two.session.publish("work", each) for each in payloads))
+    await asyncio.sleep(0.1)
+    assert one.session.statistics().queue_messages_high <= 10
+    one.gate.set()
+    await one.until(lambda: len(one.messages) == 300)
+    assert one.payloads == payloads
+    assert one.session.statistics().queue_messages_high <= 10
+    assert one.session.statistics().pauses == 0
+
+
+async def test_handler_may_publish_while_its_window_is_full(any_broker: RunningBroker, peer: MakePeer) -> None:
+    one = await peer(any_broker.config("d-1", receive_maximum=2), "work")
+    two = await peer(any_broker.config("d-2"), "answer")
+    one.on_each = lambda payload: one.session.publish("answer", payload)
+    await asyncio.gather(*(two.session.publish("work", b"%d" % number) for number in range(100)))
+    await two.until(lambda: len(two.messages) == 100)
+    assert two.payloads == [b"%d" % number for number in range(100)]
+
+
+async def test_reading_stops_for_a_broker_that_ignores_the_window(peer: MakePeer) -> None:
+    flood = [publish_packet(b"work", b"%05d" % number + bytes(5000), mid=number) for number in range(1, 3001)]
+    with RawBroker(flood) as broker:
+        config = ConnectionConfig(
+            host="127.0.0.1", port=broker.port, client_id="d-1", protocol="3.1.1", queue_messages=32, receive_maximum=8
+        )
+        one = await peer(config, "work")
+        one.gate.clear()
+        await asyncio.sleep(0.2)
+        stopped = one.session.statistics()
+        assert stopped.pauses == 1
+        assert stopped.queue_messages_high == 32
+        one.gate.set()
+        await one.until(lambda: len(one.messages) == 3000)
+        assert [int(payload[:5]) for payload in one.payloads] == list(range(1, 3001))
+        assert one.session.statistics().queue_messages_high == 32
+        await eventually(lambda: broker.confirmed == 3000)
+
+
+async def test_handler_may_publish_while_reading_is_stopped(peer: MakePeer) -> None:
+    flood = [publish_packet(b"work", bytes(5000), mid=number) for number in range(1, 301)]
+    with RawBroker(flood) as broker:
+        config = ConnectionConfig(
+            host="127.0.0.1", port=broker.port, client_id="d-1", protocol="3.1.1", queue_messages=8, receive_maximum=8
+        )
+        one = await peer(config, "work", connected=False)
+        one.on_each = lambda payload: one.session.publish("answer", b"x")
+        await one.until(lambda: len(one.messages) == 300)
+        assert one.session.statistics().published == 300
+
+
+async def test_full_queue_drops_qos_0_and_counts_it(peer: MakePeer) -> None:
+    flood = [publish_packet(b"beat", b"%d" % number) for number in range(100)]
+    flood.append(publish_packet(b"work", b"kept", mid=1))
+    with RawBroker(flood) as broker:
+        config = ConnectionConfig(
+            host="127.0.0.1", port=broker.port, client_id="d-1", protocol="3.1.1", queue_messages=20, receive_maximum=8
+        )
+        one = await peer(config, "beat", connected=False)
+        one.gate.clear()
+        await asyncio.wait_for(one.session.wait_connected(), SECONDS)
+        await asyncio.sleep(0.1)
+        one.gate.set()
+        await one.until(lambda: b"kept" in one.payloads)
+        dropped = one.session.statistics().dropped_qos0
+        assert dropped + len(one.messages) == 101
+        assert len(one.messages) >= 20
+
+
+async def test_topic_that_is_not_text_is_confirmed_and_counted(peer: MakePeer) -> None:
+    with RawBroker([publish_packet(b"\xff\xfe", b"?", mid=1), publish_packet(b"work", b"fine", mid=2)]) as broker:
+        config = ConnectionConfig(host="127.0.0.1", port=broker.port, client_id="d-1", protocol="3.1.1")
+        one = await peer(config, "work")
+        await one.until(lambda: one.messages)
+        assert one.session.statistics().malformed == 1
+        await eventually(lambda: broker.confirmed == 2)
+
+
+async def test_will_is_sent_after_a_cut_and_not_after_a_goodbye(any_broker: RunningBroker, peer: MakePeer) -> None:
+    watcher = await peer(any_broker.config("d-9"), "state/+")
+    with Proxy(any_broker.port) as proxy:
+        one = await peer(
+            any_broker.config("d-1", port=proxy.port, reconnect_cap=0.0),
+            will=Will(topic="state/d-1", payload=b"lost", retain=False),
+        )
+        proxy.cut()
+        await watcher.until(lambda: watcher.messages)
+        assert watcher.messages == [("state/d-1", b"lost", False)]
+        await one.until(lambda: len(one.connects) == 2)
+        await one.stop()
+    await watcher.session.publish("state/d-9", b"marker")
+    await watcher.until(lambda: b"marker" in watcher.payloads)
+    assert watcher.payloads == [b"lost", b"marker"]
+
+
+async def test_unhandled_message_comes_again_after_a_crash(any_broker: RunningBroker, peer: MakePeer) -> None:
+    class Crash(Exception):
+        pass
+
+    async def crash(payload: bytes) -> None:
+        raise Crash
+
+    one = await peer(any_broker.config("d-1"), "work")
+    two = await peer(any_broker.config("d-2"))
+    one.on_each = crash
+    await two.session.publish("work", b"precious")
+    with pytest.raises(ExceptionGroup) as caught:
+        await asyncio.wait_for(one.task, SECONDS)
+    assert caught.group_contains(Crash, depth=1)
+    again = await peer(any_broker.config("d-1"), "work")
+    await again.until(lambda: again.messages)
+    assert again.payloads == [b"precious"]
+    assert again.connects == [True]
+
+
+@pytest.mark.mosquitto
+async def test_kill_of_the_broker_loses_loudly_and_sends_no_ghost(
+    mosquitto_broker: Callable[..., Mosquitto], peer: MakePeer
+) -> None:
+    broker = mosquitto_broker(durable=True)
+    one = await peer(broker.config("d-1"), "work")
+    two = await peer(broker.config("d-2", max_inflight=4))
+    broker.freeze()
+    waiting = [asyncio.create_task(two.session.publish("work", b"ghost-%d" % number)) for number in range(10)]
+    await asyncio.sleep(0.05)
+    assert two.session.statistics().awaiting == 4
+    broker.kill()
+    results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), SECONDS)
+    assert all(isinstance(result, SessionLostError) for result in results)
+    broker.start()
+    await one.until(lambda: len(one.connects) == 2)
+    await asyncio.wait_for(two.session.wait_connected(), SECONDS)
+    await two.session.publish("work", b"marker")
+    await one.until(lambda: b"marker" in one.payloads)
+    assert one.payloads == [b"marker"]
+
+
+@pytest.mark.mosquitto
+async def test_frozen_broker_is_noticed_by_keepalive(
+    mosquitto_broker: Callable[..., Mosquitto], peer: MakePeer
+) -> None:
+    broker = mosquitto_broker()
+    one = await peer(broker.config("d-1", keepalive=1, connect_timeout=1.0))
+    broker.freeze()
+    await one.until(lambda: one.losses)
+    broker.thaw()
+    await one.until(lambda: len(one.connects) == 2)
+
+
+async def test_restart_of_the_broker_is_survived(any_broker: RunningBroker, peer: MakePeer) -> None:
+    one = await peer(any_broker.config("d-1"), "work")
+    await asyncio.to_thread(any_broker.restart)
+    await one.until(lambda: len(one.connects) == 2)
+    await one.session.publish("work", b"after")
+    await one.until(lambda: one.messages)
+    assert one.payloads == [b"after"]
+
+
+async def test_meter_sees_what_a_counting_proxy_saw(any_broker: RunningBroker, peer: MakePeer) -> None:
+    with Proxy(any_broker.port) as proxy:
+        one = await peer(any_broker.config("d-1", port=proxy.port), "work")
+        for size in (10, 5_000, 120_000):
+            await one.session.publish("work", os.urandom(size))
+        await one.until(lambda: len(one.messages) == 3)
+        # Its confirmation comes after ours of the three, which would come again otherwise.
+        await one.session.publish("nobody/listens", b"")
+        proxy.cut()
+        await one.until(lambda: len(one.connects) == 2)
+        await one.session.publish("work", bytes(1000))
+        await one.until(lambda: len(one.messages) == 4)
+        await one.stop()
+        count = one.session.meter.snapshot()
+    assert one.session.meter.payload().sent == one.session.meter.payload().received == 126_010
+    # The last confirmation may have been on its way when the line was cut, and a FIN counts as a byte.
+    assert abs(count.sent - proxy.sent) <= 200
+    assert abs(count.received - proxy.received) <= 200
+    assert 126_010 < count.sent < 126_010 + 12_000
+
+
+async def test_message_that_is_too_large_is_refused_here(any_broker: RunningBroker, peer: MakePeer) -> None:
+    one = await peer(any_broker.config("d-1"), "work")
+    with pytest.raises(PublishRefusedError) as caught:
+        await one.session.publish("work", bytes(300_000))
+    assert caught.value.code == 0x95
+    with pytest.raises(LocalProtocolError):
+        await one.session.publish("work/#", b"")
+    await one.session.publish("work", b"fine")
+    await one.until(lambda: one.messages)
+    assert one.losses == []
+
+
+async def test_subscriptions_change_and_survive(any_broker: RunningBroker, peer: MakePeer) -> None:
+    with Proxy(any_broker.port) as proxy:
+        one = await peer(any_broker.config("d-1", port=proxy.port), "a", "b")
+        two = await peer(any_broker.config("d-2"))
+        await one.session.subscribe(["c"] + [f"many/{number}" for number in range(20)])
+        await one.session.unsubscribe(["a"])
+        target, proxy.target = proxy.target, free_port()
+        proxy.cut()
+        await one.until(lambda: one.losses)
+        with pytest.raises(SessionLostError):
+            await one.session.unsubscribe(["b"])
+        with pytest.raises(SessionLostError):
+            await one.session.subscribe(["d"])
+        proxy.target = target
+        await one.until(lambda: len(one.connects) == 2)
+        for topic in ("a", "b", "c", "d", "many/19"):
+            await two.session.publish(topic, topic.encode())
+        await one.until(lambda: b"many/19" in one.payloads)
+        assert one.payloads == [b"c", b"d", b"many/19"]
+
+
+async def test_publishes_leave_in_the_order_of_the_calls(any_broker: RunningBroker, peer: MakePeer) -> None:
+    one = await peer(any_broker.config("d-1", max_inflight=3), "work")
+    payloads = [b"%d" % number for number in range(200)]
+    await asyncio.gather(*(one.session.publish("work", each) for each in payloads))
+    await one.until(lambda: len(one.messages) == 200)
+    assert one.payloads == payloads
+
+
+async def test_cancelled_publish_keeps_its_place_in_the_window(peer: MakePeer) -> None:
+    with RawBroker([], confirms=False) as broker:
+        config = ConnectionConfig(host="127.0.0.1", port=broker.port, client_id="d-1", protocol="3.1.1", max_inflight=2)
+        one = await peer(config)
+        tasks = [asyncio.create_task(one.session.publish("work", b"x")) for _ in range(4)]
+        await asyncio.sleep(0.02)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert one.session.statistics().awaiting == 2
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(one.session.publish("work", b"y"), 0.05)
+
+
+async def test_server_that_never_answers_is_given_up(peer: MakePeer) -> None:
+    with RawBroker([], silent=True) as broker:
+        config = ConnectionConfig(
+            host="127.0.0.1", port=broker.port, client_id="d-1", connect_timeout=0.1, reconnect_cap=0.01
+        )
+        one = await peer(config, connected=False)
+        await eventually(lambda: broker.accepted >= 3)
+        await one.stop()
+        assert one.session.statistics().failed_connects >= 2
+
+
+async def test_nobody_listening_is_retried_until_somebody_does(
+    embedded_broker: Callable[..., Embedded], peer: MakePeer
+) -> None:
+    broker = embedded_broker()
+    broker.stop()
+    one = await peer(broker.config("d-1", reconnect_cap=0.05), connected=False)
+    await eventually(lambda: one.session.statistics().failed_connects >= 2)
+    broker.start()
+    await one.until(lambda: one.connects)
+
+
+async def test_server_with_another_name_is_not_trusted(any_broker: RunningBroker, peer: MakePeer) -> None:
+    # Also this machine, and not in the broker's certificate.
+    with socket.create_server(("127.0.0.2", 0)) as listener, Proxy(any_broker.port) as proxy:
+        proxy.attach(listener)
+        config = any_broker.config("d-1", port=listener.getsockname()[1]).with_defaults(host="127.0.0.2")
+        one = await peer(config, connected=False)
+        await eventually(lambda: one.session.statistics().failed_connects >= 2)
+        assert not one.connects
+        assert one.session.meter.snapshot().total > 0
+
+
+@pytest.mark.mosquitto
+async def test_no_file_stays_open(mosquitto_broker: Callable[..., Mosquitto], peer: MakePeer) -> None:
+    broker = mosquitto_broker()
+    first = await peer(broker.config("d-1"), "work")
+    await first.stop()
+    files = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        one = await peer(broker.config("d-1"), "work")
+        await one.stop()
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+async def test_missing_key_is_told_before_anything_starts(any_broker: RunningBroker, fleet_pki: FleetPki) -> None:
+    config = any_broker.config("d-1")
+    assert config.tls is not None
+    broken = config.with_defaults(
+        tls=type(config.tls)(config.tls.ca, config.tls.cert, config.tls.key.with_name("no.key"))
+    )
+    with pytest.raises(ConfigError, match=r"no\.key"):
+        Session(broken)
+
+
+async def test_gateway_certificate_works_too(any_broker: RunningBroker, peer: MakePeer) -> None:
+    gateway = await peer(any_broker.config("g-1", Role.GATEWAY), "work")
+    await gateway.session.publish("work", b"x")
+    await gateway.until(lambda: gateway.messages)

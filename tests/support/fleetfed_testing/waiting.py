@@ -1,0 +1,22 @@
+"""Waiting for what other threads and processes do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+
+async def eventually(condition: Callable[[], object], *, seconds: float = 10.0) -> None:
+    """Return as soon as ``condition()`` holds; nothing tells us when, so ask often."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+def wait_until(condition: Callable[[], object], *, seconds: float = 10.0) -> None:
+    """The same for tests without an event loop."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "this did not happen in time"
+        time.sleep(0.005)
