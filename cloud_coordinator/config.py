@@ -13,7 +13,7 @@ Example::
     file = "digits.tflite"
 
     [validation]
-    file = "validation.npz"
+    path = "validation.npz"
 
     [rounds]
     rounds = 20
@@ -40,6 +40,7 @@ from fleetfed.cloud_coordinator.clips import ClipConfig
 from fleetfed.cloud_coordinator.optimizers import OptimizerConfig
 from fleetfed.shared import config
 from fleetfed.shared.aggregate.lanes import choose_lane_bits
+from fleetfed.shared.dataset import DataConfig
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.mqtt.config import ConnectionConfig, Protocol
 from fleetfed.shared.mqtt.tls import TlsFiles
@@ -140,21 +141,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ValidationConfig:
-    """The examples that every version is evaluated on.
-
-    Attributes:
-        file: ``.npz``, ``.csv`` or IDX; see `fleetfed.shared.dataset`.
-        labels_file: the labels, where they are in a file of their own (IDX).
-        threads: of the TFLite runtime.
-    """
-
-    file: Path
-    labels_file: Path | None = None
-    threads: Annotated[int, Range(1, 64)] = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PatchConfig:
     """How finely the model's steps are sent down.
 
@@ -199,7 +185,8 @@ class CoordinatorConfig:
         state: the folder of all durable state.
         broker: the connection.
         model: what to publish first.
-        validation: what to evaluate on; none relies on the devices' held-out examples.
+        validation: what every version is evaluated on, all of it (``holdout`` and ``seed`` do not matter); none relies
+            on the devices' held-out examples.
         rounds: how rounds run.
         optimizer: the server optimizer.
         clips: the scale of updates.
@@ -213,7 +200,7 @@ class CoordinatorConfig:
     state: Path
     broker: BrokerConfig
     model: ModelConfig | None = None
-    validation: ValidationConfig | None = None
+    validation: DataConfig | None = None
     rounds: RoundSettings = field(default_factory=RoundSettings)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     clips: ClipConfig = field(default_factory=ClipConfig)

@@ -1,0 +1,79 @@
+"""What the coordinator knows of its fleet from presence and censuses: decides who is waited for, nothing more. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from fleetfed.cloud_coordinator.events import FleetChanged
+from fleetfed.shared.wire.messages import Census, Life, MemberSummary, Presence
+
+MAX_GATEWAYS: Final = 10_000
+"""Direct gateways that are remembered; presence is unsigned, so its number must be bounded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far the devices of an open round are."""
+
+    accepted: int
+    expected: int
+
+
+class Fleet:
+    """The direct gateways with their last words."""
+
+    def __init__(self) -> None:
+        self.presences: dict[str, Presence] = {}
+        self.censuses: dict[str, Census] = {}
+
+    def presence(self, gateway: str, presence: Presence | None) -> bool:
+        """Take a gateway's presence, None for a cleared one; return whether anything changed."""
+        before = self.presences.get(gateway)
+        if presence is None:
+            return self.presences.pop(gateway, None) is not None
+        if before is None and len(self.presences) >= MAX_GATEWAYS:
+            return False
+        # The will of a connection that a newer one has replaced (as Sparkplug's bdSeq).
+        stale = presence.life is Life.LOST and before is not None and before.session != presence.session
+        if stale or presence == before:
+            return False
+        self.presences[gateway] = presence
+        return True
+
+    def census(self, gateway: str, census: Census) -> bool:
+        """Take a gateway's verified census; return whether anything changed."""
+        if self.censuses.get(gateway) == census:
+            return False
+        if gateway not in self.censuses and len(self.censuses) >= MAX_GATEWAYS:
+            return False
+        self.censuses[gateway] = census
+        return True
+
+    def life(self, gateway: str) -> Life:
+        """A gateway's state; lost where it never said anything."""
+        presence = self.presences.get(gateway)
+        return Life.LOST if presence is None else presence.life
+
+    def summary(self) -> FleetChanged:
+        """What the machine is told."""
+        ready = frozenset(name for name in self.presences if self.life(name) is Life.READY)
+        return FleetChanged(
+            gateways=ready,
+            stopped=frozenset(name for name in self.presences if self.life(name) is Life.DISCONNECTED),
+            devices=sum(c.ready + c.sleeping for name, c in self.censuses.items() if name in ready),
+        )
+
+    @property
+    def tiers(self) -> int:
+        """Gateways between a device and the coordinator, at most."""
+        return min(1 + max((census.level for census in self.censuses.values()), default=0), 8)
+
+    def progress(self, round: int) -> Progress:
+        """How far the round is."""
+        current = [census for census in self.censuses.values() if census.round == round]
+        return Progress(accepted=sum(c.answered for c in current), expected=sum(c.expected for c in current))
+
+    def members(self) -> dict[str, tuple[str, MemberSummary]]:
+        """Every device that a census names: direct gateway and summary, by id."""
+        return {member.id: (name, member) for name, census in self.censuses.items() for member in census.members}

@@ -1,0 +1,162 @@
+"""One step of the global model: from the round's sum to the next version's file and patch. Pure, and deterministic.
+
+The same inputs give the same bytes, whichever process computes them: so a crash in mid-step costs time and nothing
+else. No randomness, no clock; floating point is elementwise float64 in a fixed order.
+
+``mean -> server optimizer -> step -> patch (with what the last patch lost) -> file``. The next version is *defined* as
+what the patch makes of the base, which is what every device will hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from fleetfed.cloud_coordinator.clips import ClipConfig, ClipState, next_clips
+from fleetfed.cloud_coordinator.config import PatchConfig
+from fleetfed.cloud_coordinator.optimizers import OptimizerConfig, make_optimizer
+from fleetfed.shared.aggregate.accumulator import Partial, Ring, check_partial
+from fleetfed.shared.aggregate.meta import MetaSum
+from fleetfed.shared.aggregate.quantize import Grid, mean_delta
+from fleetfed.shared.errors import FleetFedError, StorageError
+from fleetfed.shared.model.card import ModelCard
+from fleetfed.shared.model.patch import Patched, Weights, make_patch
+from fleetfed.shared.wire.messages import Plan
+
+
+class StepError(FleetFedError):
+    """No version can be made of the round; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ServerState:
+    """What the server carries from version to version.
+
+    Attributes:
+        optimizer: `optimizers.ServerOptimizer.state`; empty for the initial one.
+        residual: what the last patch lost, float32 of shape (dimension,); None for nothing.
+    """
+
+    optimizer: bytes = b""
+    residual: Weights | None = None
+
+    def encode(self) -> bytes:
+        """The state's bytes, for the blob store."""
+        residual = b"" if self.residual is None else self.residual.astype("<f4").tobytes()
+        packed = msgpack.packb([1, self.optimizer, residual], use_bin_type=True)
+        assert isinstance(packed, bytes)
+        return packed
+
+    @classmethod
+    def decode(cls, data: bytes) -> ServerState:
+        """Read what `encode` wrote.
+
+        Raises:
+            StorageError: it is damaged.
+        """
+        try:
+            version, optimizer, residual = msgpack.unpackb(data, max_bin_len=len(data))
+            if version != 1:
+                raise StorageError(f"server state of version {version}")
+            values: Any = np.frombuffer(residual, dtype="<f4")
+        except (ValueError, TypeError) as error:
+            raise StorageError(f"the stored server state is damaged: {error}") from error
+        return cls(optimizer=optimizer, residual=values.astype(np.float32) if len(values) else None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepConfig:
+    """How to step."""
+
+    optimizer: OptimizerConfig
+    clips: ClipConfig
+    patch: PatchConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Step:
+    """What a step made.
+
+    Attributes:
+        patched: the new file and the patch that makes it.
+        state: what the server carries on.
+        clips: of the next plan.
+        meta: what the devices reported.
+    """
+
+    patched: Patched
+    state: ServerState
+    clips: ClipState
+    meta: MetaSum
+
+
+def ring_of(plan: Plan, card: ModelCard) -> Ring:
+    """The arithmetic of a plan's round."""
+    return Ring.of(
+        tuple(slot.size for slot in card.tensors),
+        bits=plan.quantization.bits,
+        lane_bits=plan.quantization.lane_bits,
+        weight_cap=plan.quantization.weight_cap,
+    )
+
+
+def take_step(
+    total: Partial,
+    *,
+    plan: Plan,
+    base: bytes,
+    card: ModelCard,
+    state: ServerState,
+    clips: ClipState,
+    config: StepConfig,
+) -> Step:
+    """Make the next version.
+
+    Args:
+        total: the sum over all committed contributors, at least one.
+        plan: of the round.
+        base: the file that the plan names.
+        card: its card.
+        state: what the version before left.
+        clips: the plan's clips with what steers them.
+        config: how to step.
+
+    Raises:
+        StepError: the sum is impossible, or the optimizer leaves the finite numbers.
+        StorageError: the stored state is of another optimizer or model.
+    """
+    grid = Grid(
+        tuple(slot.size for slot in card.tensors),
+        plan.quantization.clips,
+        plan.quantization.bits,
+        plan.quantization.weight_cap,
+    )
+    try:
+        meta = check_partial(total)
+        optimizer = make_optimizer(config.optimizer, grid.dimension)
+        if state.optimizer:
+            optimizer.restore(state.optimizer)
+        step = optimizer.step(mean_delta(total.values(), grid, weight=meta.weight))
+        patched = make_patch(
+            base,
+            step,
+            card.table,
+            residual=state.residual,
+            bits=config.patch.bits,
+            clip=config.patch.clip,
+            level=config.patch.level,
+        )
+        after = next_clips(clips, meta, config.clips)
+    except StorageError:
+        raise
+    except (ValueError, FleetFedError) as error:
+        raise StepError(f"the round's sum cannot be applied: {error}") from error
+    return Step(
+        patched=patched,
+        state=ServerState(optimizer=optimizer.state(), residual=patched.residual),
+        clips=after,
+        meta=meta,
+    )
