@@ -29,6 +29,7 @@ from fleetfed.shared.errors import LocalProtocolError
 _CHUNK: Final = 1 << 15
 """Coordinates per step: three scratch vectors of this length are all that quantizing needs beyond its results."""
 
+_LEAST_RMS: Final = 1 / 8
 _LEAST_CLIP: Final = float(np.float32(1e-30))
 _MOST_CLIP: Final = float(np.float32(1e30))
 """The plan's bounds on a clip; between them no scale overflows float32."""
@@ -94,8 +95,8 @@ class Quantized:
         values: int8 (up to 8 bits) or int16, shape (dimension,), within ``±grid.limit``.
         clipped: per tensor, coordinates whose magnitude exceeded the clip.
         log2_rms: per tensor, log2 of the root mean square of the weighted delta ``delta * w / weight_cap``, which is
-            what the clip has to fit; without the residual, whose size follows from the clip itself. ``-inf`` for a
-            tensor that did not move.
+            what the clip has to fit; without the residual, whose size follows from the clip itself. At least that of an
+            eighth of a level, so that half a fleet whose tensor does not move cannot shrink it for the others.
         residual: float32, shape (dimension,), to add to the next weighted delta; None if no residual was given.
     """
 
@@ -178,7 +179,9 @@ def quantize(
                 lost -= x
                 lost *= np.float32(clip / limit)
         clipped.append(beyond)
-        log2_rms.append(0.5 * math.log2(square / (stop - start)) - math.log2(scale) if square > 0 else -math.inf)
+        # In grid steps. The floor keeps a tensor that did not move from dragging the fleet's mean to nothing.
+        rms = max(math.sqrt(square / (stop - start)), _LEAST_RMS)
+        log2_rms.append(math.log2(rms) - math.log2(scale))
     return Quantized(values=values, clipped=tuple(clipped), log2_rms=tuple(log2_rms), residual=carried)
 
 

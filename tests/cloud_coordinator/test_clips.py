@@ -94,6 +94,27 @@ def test_clips_settle_on_real_quantization_from_a_start_a_thousand_times_off() -
     assert now.bits == 4
 
 
+def test_a_tensor_that_half_the_devices_do_not_move_keeps_a_useful_clip() -> None:
+    sizes, layout = (3000,), MetaLayout((3000,))
+    now = ClipState(bits=4, clips=(1.0,), multipliers=(CONFIG.multiplier,))
+    clipped = []
+    for r in range(25):
+        total = np.zeros(layout.words, dtype=np.uint64)
+        for device in range(6):
+            rng = np.random.default_rng((r, device))
+            delta = rng.standard_normal(3000) * (0.01 if device % 2 else 0.0)
+            q = quantize(delta, Grid(sizes, now.clips, now.bits), weight=1, rng=rng)
+            total += layout.encode(
+                Contribution(weight=1, examples=1, training_loss=0, clipped=q.clipped, log2_rms=q.log2_rms)
+            )
+        summed = layout.decode(total)
+        clipped.append(summed.clipped[0])
+        now = next_clips(now, summed, CONFIG)
+    # 2 rms clip 5 % of a normal distribution, half of that with half the devices.
+    assert 0.02 < now.clips[0] < 0.2
+    assert float(np.mean(clipped[-10:])) < 0.025
+
+
 def test_state_survives_json() -> None:
     now = ClipState(bits=5, clips=(0.25, 3.0), multipliers=(6.0, 9.0))
     assert ClipState.from_dict(json.loads(json.dumps(now.to_dict()))) == now

@@ -73,6 +73,13 @@ def test_a_device_with_little_weight_moves_the_sum_in_proportion() -> None:
     assert q.log2_rms[0] == pytest.approx(math.log2(0.05), abs=1e-5)
 
 
+def test_a_delta_too_large_for_its_square_is_still_clipped_and_counted() -> None:
+    q = quantize(np.full(5, 1e30, dtype=np.float32), Grid((5,), (1.0,), bits=4), weight=1, rng=rng())
+    assert q.values.tolist() == [7] * 5
+    assert q.clipped == (5,)
+    assert q.log2_rms == (math.inf,)
+
+
 def test_a_hostile_weight_cannot_exceed_the_cap() -> None:
     for weight in (0, -1, 9):
         with pytest.raises(ValueError, match="weight"):
@@ -85,7 +92,7 @@ def test_clip_counts_and_rms_are_reported_per_tensor() -> None:
     q = quantize(delta, grid, weight=1, rng=rng())
     assert q.clipped == (2, 0, 0)
     assert q.log2_rms[:2] == pytest.approx((0.5, 0.0))
-    assert q.log2_rms[2] == -math.inf
+    assert q.log2_rms[2] == pytest.approx(math.log2(1 / 7 / 8))
     assert q.residual is None
 
 
