@@ -302,9 +302,9 @@ def read_properties(buffer: Buffer, at: int, allowed: frozenset[int]) -> tuple[P
 
 
 def write_property_list(properties: Properties) -> bytes:
-    """Encode properties without their length, in the order of ``properties``."""
+    """Encode properties without their length, in the order of their identifiers."""
     parts: list[bytes] = []
-    for identifier, value in properties.items():
+    for identifier, value in sorted(properties.items()):
         tag = write_varint(identifier)
         match _TYPES[identifier], value:
             case _Type.BYTE, int():

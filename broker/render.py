@@ -191,6 +191,8 @@ def render(
     Raises:
         ConfigError: the directory cannot be written.
     """
+    if config.port == 0:
+        raise ConfigError("give the broker a port: a rendered configuration cannot pick a free one")
     acl, conf = directory / "acl", directory / "mosquitto.conf"
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,515 @@
+"""The broker without I/O: flow control, bounds and time, on a clock that the test turns."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import TypeVar
+
+import pytest
+
+from fleetfed.broker.acl import Acl
+from fleetfed.broker.config import Limits
+from fleetfed.broker.connection import Connection
+from fleetfed.broker.core import Broker
+from fleetfed.broker.packets import (
+    V3,
+    V5,
+    ConnAck,
+    Connect,
+    Disconnect,
+    Packet,
+    PingReq,
+    PubAck,
+    Publish,
+    SubAck,
+    Subscribe,
+    Subscription,
+    Will,
+    decode,
+    encode,
+    frame,
+)
+from fleetfed.broker.properties import Property
+
+T = TypeVar("T")
+KB = 1024
+
+
+class Peer:
+    """A client on the other end of a `Connection`, as slow as the test wants it."""
+
+    def __init__(
+        self,
+        world: World,
+        name: str,
+        *,
+        version: int = V3,
+        clean: bool = True,
+        keepalive: int = 0,
+        will: Will | None = None,
+        properties: dict[int, int] | None = None,
+        identity: str | None = None,
+    ) -> None:
+        self.world, self.version = world, version
+        self.connection = world.broker.open(identity, world.now)
+        self.received: list[Packet] = []
+        self.buffer = b""
+        self.send(
+            Connect(
+                version=version,
+                client_id=name,
+                clean_start=clean,
+                keepalive=keepalive,
+                will=will,
+                properties=properties or {},
+            )
+        )
+
+    def send(self, *packets: Packet) -> None:
+        self.connection.receive_data(b"".join(encode(item, self.version) for item in packets), self.world.now)
+
+    def read(self) -> list[Packet]:
+        """Everything that the broker has for us, without acknowledging any of it."""
+        while chunk := self.connection.data_to_send():
+            self.buffer += b"".join(chunk)
+        at = 0
+        found = []
+        while (header := frame(self.buffer, at, len(self.buffer))) is not None:
+            start, length = header
+            found.append(decode(self.buffer[at], self.buffer[start : start + length], self.version))
+            at = start + length
+        self.buffer = self.buffer[at:]
+        self.received += found
+        return found
+
+    def get(self, kind: type[T]) -> list[T]:
+        return [item for item in self.read() if isinstance(item, kind)]
+
+    def subscribe(self, topic_filter: str, qos: int = 1) -> None:
+        self.send(Subscribe(packet_id=1, subscriptions=(Subscription(topic_filter=topic_filter, qos=qos),)))
+        assert self.get(SubAck)
+
+    def publish(
+        self, topic: str, payload: bytes = b"x", *, qos: int = 1, packet_id: int = 1, retain: bool = False
+    ) -> None:
+        packet_id = packet_id if qos else 0
+        self.send(Publish(topic=topic, payload=payload, qos=qos, packet_id=packet_id, retain=retain))
+
+    def lose(self) -> None:
+        self.connection.connection_lost(self.world.now)
+
+
+class World:
+    def __init__(self, limits: Limits | None = None, acl: Acl | None = None) -> None:
+        self.now = 1000.0
+        ids = itertools.count(1)
+        self.broker = Broker(
+            limits=limits or Limits(), acl=acl, make_id=lambda: f"made-{next(ids)}", now=self.now, sys_interval=0
+        )
+
+    def pass_time(self, seconds: float) -> None:
+        """Turn the clock on, calling the broker when it asked to be."""
+        end = self.now + seconds
+        while (deadline := self.broker.next_deadline()) is not None and deadline <= end:
+            self.now = max(self.now, deadline)
+            self.broker.handle_timer(self.now)
+        self.now = end
+
+    def peer(self, name: str, **options: object) -> Peer:
+        peer = Peer(self, name, **options)  # type: ignore[arg-type]
+        (connack,) = peer.get(ConnAck)
+        assert connack.code == 0
+        return peer
+
+    @property
+    def statistics(self) -> dict[str, int]:
+        return self.broker.statistics()
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    check(world)
+
+
+def check(world: World) -> None:
+    """What must hold whatever happened: all sums are those of the parts."""
+    broker = world.broker
+    online = [item for item in broker._sessions.values() if item.connection is not None]
+    offline = [item for item in broker._sessions.values() if item.connection is None]
+    for session in (*online, *offline):
+        assert session.pending_bytes == sum(item.message.size for item in session.deliveries())
+    messages = {id(item.message): item.message for session in online for item in session.deliveries()}
+    retained = {id(message) for _, message in broker._retained._tree.items()}
+    assert broker.memory == sum(item.size for key, item in messages.items() if key not in retained)
+    assert broker._offline_bytes == sum(session.pending_bytes for session in offline)
+
+
+# ---------------------------------------------------------------------------------------------- flow control
+
+
+def test_a_thousand_publishers_burst_at_one_slow_subscriber_and_nothing_is_dropped() -> None:
+    world = World(Limits(high_water=4 * 2**20, memory_high_water=16 * 2**20, max_inflight=20))
+    slow = world.peer("gateway")
+    slow.subscribe("up/+")
+    publishers = [world.peer(f"d-{number}") for number in range(1000)]
+    payload = bytes(100 * KB)
+    for number, publisher in enumerate(publishers):
+        if publisher.connection.wants_read:
+            publisher.publish(f"up/{number}", payload)
+        else:  # its bytes stay in the socket
+            pytest.fail("a publisher that has sent nothing is not paused")
+    unacknowledged = [item for item in publishers if not item.get(PubAck)]
+    assert len(unacknowledged) > 900, "their acknowledgement waits for the subscriber"
+    got: set[str] = set()
+    for _ in range(10_000):
+        batch = slow.get(Publish)
+        if not batch:
+            break
+        got |= {item.topic for item in batch}
+        slow.send(*(PubAck(packet_id=item.packet_id) for item in batch))
+    assert len(got) == 1000
+    assert all(item.get(PubAck) for item in unacknowledged), "all are acknowledged in the end"
+    statistics = world.statistics
+    assert statistics["dropped"] == 0
+    assert statistics["queued_bytes"] == 0
+    assert statistics["acknowledgements_delayed"] > 900
+    check(world)
+
+
+def test_above_the_memory_mark_pure_publishers_are_not_read_and_later_go_on() -> None:
+    world = World(Limits(high_water=100 * KB, memory_high_water=300 * KB, receive_maximum=100))
+    slow = world.peer("s")
+    slow.subscribe("t")
+    fast = world.peer("p", version=V5)
+    stream = b"".join(
+        encode(Publish(topic="t", payload=bytes(10 * KB), qos=1, packet_id=number), V5) for number in range(1, 91)
+    )
+    fast.connection.receive_data(stream, world.now)
+    assert not fast.connection.wants_read
+    assert world.statistics["queued_bytes"] < 320 * KB
+    taken = 0
+    while batch := slow.get(Publish):
+        taken += len(batch)
+        slow.send(*(PubAck(packet_id=item.packet_id) for item in batch))
+        if fast.connection.wants_read:
+            fast.connection.resume_reading(world.now)
+        assert world.statistics["queued_bytes"] < 320 * KB
+    assert taken == 90
+    assert [item.packet_id for item in fast.get(PubAck)] == list(range(1, 91)), "in the order of the messages"
+    check(world)
+
+
+def test_who_must_acknowledge_is_read_even_when_memory_is_short() -> None:
+    world = World(Limits(high_water=10 * KB, memory_high_water=20 * KB))
+    a, b = world.peer("a"), world.peer("b")
+    a.subscribe("to/a")
+    b.subscribe("to/b")
+    for number in range(1, 8):
+        a.publish("to/b", bytes(5 * KB), packet_id=number)
+        b.publish("to/a", bytes(5 * KB), packet_id=number)
+        for peer in (a, b):
+            peer.read()
+    for peer in (a, b):
+        messages = [item for item in peer.received if isinstance(item, Publish)]
+        peer.send(*(PubAck(packet_id=item.packet_id) for item in messages))
+    for _ in range(20):
+        for peer in (a, b):
+            if peer.connection.wants_read:
+                peer.connection.resume_reading(world.now)
+            peer.send(*(PubAck(packet_id=item.packet_id) for item in peer.get(Publish)))
+    for peer in (a, b):
+        peer.read()
+        assert len([item for item in peer.received if isinstance(item, PubAck)]) == 7
+    assert world.statistics["queued_bytes"] == 0
+    check(world)
+
+
+def test_a_3_1_1_publisher_is_not_read_beyond_its_window() -> None:
+    world = World(Limits(high_water=KB, receive_maximum=5))
+    slow, fast = world.peer("s"), world.peer("p")
+    slow.subscribe("t")
+    stream = b"".join(encode(Publish(topic="t", payload=bytes(KB), qos=1, packet_id=n), V3) for n in range(1, 51))
+    fast.connection.receive_data(stream, world.now)
+    assert not fast.connection.wants_read
+    assert world.statistics["messages_received"] < 10
+    taken = 0
+    while batch := slow.get(Publish):
+        taken += len(batch)
+        slow.send(*(PubAck(packet_id=item.packet_id) for item in batch))
+        fast.connection.resume_reading(world.now)
+    assert taken == 50
+    assert len(fast.get(PubAck)) == 50
+
+
+def test_a_version_5_publisher_beyond_the_receive_maximum_is_disconnected() -> None:
+    world = World(Limits(high_water=KB, receive_maximum=5))
+    slow, fast = world.peer("s"), world.peer("p", version=V5)
+    slow.subscribe("t")
+    for number in range(1, 12):
+        fast.publish("t", bytes(KB), packet_id=number)
+    assert [item.code for item in fast.get(Disconnect)] == [0x93]
+
+
+def test_a_stalled_subscriber_is_disconnected_and_releases_its_publishers() -> None:
+    world = World(Limits(high_water=100 * KB, stall_timeout=30, max_queued_bytes=50 * KB))
+    dead = world.peer("dead", version=V5, properties={Property.SESSION_EXPIRY: 3600})
+    dead.subscribe("t")
+    publisher = world.peer("p")
+    for number in range(1, 31):
+        publisher.publish("t", bytes(10 * KB), packet_id=number)
+    before = len(publisher.get(PubAck))
+    assert before < 30
+    world.pass_time(29)
+    assert publisher.get(PubAck) == []
+    world.pass_time(2)
+    assert [item.code for item in dead.get(Disconnect)] == [0x97]
+    assert before + len(publisher.get(PubAck)) == 30
+    statistics = world.statistics
+    assert statistics["stalled_disconnected"] == 1
+    assert statistics["offline_bytes"] <= 50 * KB, "its queue obeys the bounds of an offline session now"
+    assert statistics["dropped_offline"] > 0
+    assert statistics["queued_bytes"] == 0
+    check(world)
+
+
+def test_a_slow_but_living_subscriber_is_not_disconnected() -> None:
+    world = World(Limits(high_water=100 * KB, stall_timeout=30, max_inflight=5))
+    slow = world.peer("slow")
+    slow.subscribe("t")
+    publisher = world.peer("p")
+    for number in range(1, 31):
+        publisher.publish("t", bytes(10 * KB), packet_id=number)
+    for _ in range(30):
+        world.pass_time(20)
+        batch = slow.get(Publish)
+        slow.send(*(PubAck(packet_id=item.packet_id) for item in batch[:1]))
+    assert world.statistics["stalled_disconnected"] == 0
+    assert not slow.connection.closing
+
+
+def test_memory_is_bounded_with_many_slow_subscribers(world: World) -> None:
+    subscribers = [world.peer(f"s-{number}") for number in range(100)]
+    for subscriber in subscribers:
+        subscriber.subscribe("t")
+        subscriber.connection.pause_writing()
+    publisher = world.peer("p")
+    for number in range(1, 11):
+        publisher.publish("t", bytes(120 * KB), packet_id=number)
+    assert world.statistics["queued_bytes"] < 10 * 121 * KB, "a message is held once, however many wait for it"
+
+
+def test_qos_0_for_a_slow_subscriber_is_dropped_and_counted() -> None:
+    world = World(Limits(high_water=20 * KB))
+    slow = world.peer("s")
+    slow.subscribe("t", qos=0)
+    slow.connection.pause_writing()
+    publisher = world.peer("p")
+    for _ in range(30):
+        publisher.publish("t", bytes(KB), qos=0)
+    assert world.statistics["dropped_qos0"] > 0
+    assert world.statistics["queued_bytes"] <= 22 * KB
+    slow.connection.resume_writing(world.now)
+    assert len(slow.get(Publish)) + world.statistics["dropped_qos0"] == 30
+    check(world)
+
+
+# ---------------------------------------------------------------------------------------------- bounds
+
+
+def test_an_offline_queue_is_bounded_and_the_publisher_told() -> None:
+    world = World(Limits(max_queued_messages=10))
+    sleeper = world.peer("s", clean=False)
+    sleeper.subscribe("t")
+    sleeper.lose()
+    publisher = world.peer("p", version=V5)
+    for number in range(1, 16):
+        publisher.publish("t", packet_id=number)
+    assert [item.code for item in publisher.get(PubAck)] == [0] * 10 + [0x97] * 5
+    assert world.statistics["dropped_offline"] == 5
+    check(world)
+
+
+def test_retained_messages_are_bounded_in_number_and_bytes() -> None:
+    world = World(Limits(max_retained_messages=2, max_retained_bytes=10 * KB))
+    publisher = world.peer("p", version=V5)
+    for number, (topic, size) in enumerate([("a", 1), ("b", 1), ("c", 1), ("a", 20 * KB), ("a", 0), ("c", 1)], start=1):
+        publisher.publish(topic, bytes(size), packet_id=number, retain=True)
+    assert [item.code for item in publisher.get(PubAck)] == [0x10, 0x10, 0x97, 0x97, 0x10, 0x10]
+    assert world.statistics["retained_messages"] == 2
+    assert world.statistics["retained_refused"] == 2
+
+
+def test_connections_and_sessions_are_bounded() -> None:
+    world = World(Limits(max_connections=2, max_sessions=1))
+    world.peer("a")
+    refused = Peer(world, "b", version=V5)
+    assert [item.code for item in refused.get(ConnAck)] == [0x97]
+    assert world.broker.open(None, world.now).closing
+    assert world.statistics["connections_refused"] == 2
+
+
+def test_subscriptions_are_bounded() -> None:
+    world = World(Limits(max_subscriptions=2))
+    peer = world.peer("a", version=V5)
+    peer.send(Subscribe(packet_id=1, subscriptions=tuple(Subscription(topic_filter=item) for item in "abc")))
+    assert [item.codes for item in peer.get(SubAck)] == [(0, 0, 0x97)]
+
+
+def test_a_client_over_its_rate_is_not_read_for_a_while() -> None:
+    world = World(Limits(max_message_rate=10))
+    peer = world.peer("a")
+    for number in range(1, 103):
+        peer.publish("t", packet_id=number)
+    assert not peer.connection.wants_read
+    assert world.statistics["rate_limited"] > 0
+    world.pass_time(1)
+    assert peer.connection.wants_read
+
+
+def test_churn_leaves_nothing_behind(world: World) -> None:
+    for number in range(200):
+        peer = world.peer(f"c-{number}", clean=number % 2 == 0, keepalive=300)
+        peer.subscribe(f"t/{number}")
+        peer.publish(f"t/{number}")
+        peer.lose()
+    world.broker.take_dirty()
+    assert len(world.broker._connections) == 0
+    assert len(world.broker._timers) <= 110, "one timer for each of the hundred sessions that stay"
+    world.pass_time(8 * 86_400)
+    assert len(world.broker._sessions) == 0
+    assert len(world.broker._timers) == 1
+    assert world.broker._tree._root.is_empty()
+
+
+# ---------------------------------------------------------------------------------------------- time
+
+
+def test_a_silent_client_is_dropped_after_one_and_a_half_keepalives(world: World) -> None:
+    watcher = world.peer("w")
+    watcher.subscribe("state")
+    silent = world.peer("s", keepalive=20, will=Will(topic="state", payload=b"lost"))
+    talking = world.peer("t", keepalive=20)
+    for _ in range(3):
+        world.pass_time(9.5)
+        talking.send(PingReq())
+    assert not silent.connection.closing
+    world.pass_time(3)
+    assert silent.connection.closing
+    assert not talking.connection.closing
+    assert [item.payload for item in watcher.get(Publish)] == [b"lost"]
+    assert world.statistics["keepalive_timeouts"] == 1
+
+
+def test_version_5_is_told_a_shorter_keepalive(world: World) -> None:
+    for asked in (0, 1000):
+        peer = Peer(world, "a", version=V5, keepalive=asked)
+        (connack,) = peer.get(ConnAck)
+        assert connack.properties[Property.SERVER_KEEP_ALIVE] == 300
+        world.pass_time(452)
+        assert [item.code for item in peer.get(Disconnect)] == [0x8D]
+        peer.lose()
+
+
+def test_who_does_not_say_hello_is_cut_off(world: World) -> None:
+    connection = world.broker.open(None, world.now)
+    world.pass_time(9)
+    assert not connection.closing
+    world.pass_time(3)
+    assert connection.closing
+    connection.connection_lost(world.now)
+
+
+def test_a_session_ends_when_it_said(world: World) -> None:
+    options = {"version": V5, "properties": {Property.SESSION_EXPIRY: 100}, "clean": False}
+    for absent, present in ((99, True), (101, False)):
+        peer = world.peer("a", **options)
+        peer.lose()
+        world.pass_time(absent)
+        peer = Peer(world, "a", **options)  # type: ignore[arg-type]
+        assert [item.session_present for item in peer.get(ConnAck)] == [present]
+        peer.lose()
+
+
+def test_a_delayed_will_and_the_end_of_its_session(world: World) -> None:
+    watcher = world.peer("w")
+    watcher.subscribe("state")
+    options = {"version": V5, "will": Will(topic="state", payload=b"lost", properties={Property.WILL_DELAY: 50})}
+    world.peer("a", **options, properties={Property.SESSION_EXPIRY: 100}).lose()
+    world.pass_time(49)
+    assert watcher.get(Publish) == []
+    world.pass_time(2)
+    assert len(watcher.get(Publish)) == 1
+    # The will does not outlive its session.
+    world.peer("b", **options, properties={Property.SESSION_EXPIRY: 10}).lose()
+    world.pass_time(11)
+    assert len(watcher.get(Publish)) == 1
+    # Neither does it come after a return.
+    world.peer("c", **options, properties={Property.SESSION_EXPIRY: 100}).lose()
+    back = world.peer("c", version=V5, clean=False)
+    world.pass_time(200)
+    assert watcher.get(Publish) == []
+    back.lose()
+
+
+def test_expired_messages_are_neither_delivered_nor_retained(world: World) -> None:
+    publisher = world.peer("p", version=V5)
+    packet = Publish(topic="t", payload=b"x", qos=1, packet_id=1, retain=True, properties={Property.MESSAGE_EXPIRY: 10})
+    publisher.send(packet)
+    world.pass_time(11)
+    late = world.peer("l", version=V5)
+    late.subscribe("t")
+    assert late.get(Publish) == []
+    world.pass_time(60)
+    assert world.statistics["retained_messages"] == 0
+
+
+# ---------------------------------------------------------------------------------------------- identity
+
+
+def test_the_certificate_names_the_client_whatever_it_says(world: World) -> None:
+    victim = world.peer("ignored", identity="d-1", clean=False)
+    victim.subscribe("t")
+    thief = world.peer("d-1", identity="d-2")
+    assert not victim.connection.closing
+    thief.publish("t", b"for d-1")
+    assert [item.payload for item in victim.get(Publish)] == [b"for d-1"]
+    assert {item.client_id for item in world.broker._sessions.values()} == {"d-1", "d-2"}
+
+
+def test_on_a_plain_listener_another_user_does_not_take_a_session_over(world: World) -> None:
+    owner = world.peer("shared")
+    thief = Peer(world, "unused", version=V5)
+    assert thief.get(ConnAck)
+    thief = Peer.__new__(Peer)
+    thief.world, thief.version, thief.received, thief.buffer = world, V5, [], b""
+    thief.connection = world.broker.open(None, world.now)
+    thief.send(Connect(version=V5, client_id="shared", username="mallory"))
+    assert [item.code for item in thief.get(ConnAck)] == [0x85]
+    assert not owner.connection.closing
+    assert world.statistics["theft_refused"] == 1
+
+
+def test_a_client_without_an_id_is_given_one(world: World) -> None:
+    peer = Peer(world, "", version=V5)
+    (connack,) = peer.get(ConnAck)
+    assert connack.properties[Property.ASSIGNED_CLIENT_ID] == "made-1"
+    refused = Peer(world, "", version=V3, clean=False)
+    assert [item.code for item in refused.get(ConnAck)] == [2]
+
+
+@pytest.mark.parametrize(
+    "packets",
+    [
+        [PingReq()],
+        [Connect(version=V3, client_id="a"), Connect(version=V3, client_id="a")],
+        [Connect(version=V3, client_id="a"), SubAck(packet_id=1, codes=(0,))],
+    ],
+)
+def test_what_no_client_may_say_ends_the_connection(world: World, packets: list[Packet]) -> None:
+    connection: Connection = world.broker.open(None, world.now)
+    connection.receive_data(b"".join(encode(item, V3) for item in packets), world.now)
+    assert connection.closing
+    assert world.statistics["protocol_errors"] == 1
