@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import ssl
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +37,18 @@ class LoopThread:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(10)
         self.loop.close()
+
+
+@pytest.fixture(autouse=True)
+async def no_client_is_left_open() -> AsyncIterator[None]:
+    yield
+    for client in RawClient.everyone:
+        client.abort()
+    if RawClient.everyone:
+        RawClient.everyone.clear()
+        # Two turns of the loop: one for the TLS layer, one for the socket below it.
+        for _ in range(2):
+            await asyncio.sleep(0)
 
 
 @dataclass

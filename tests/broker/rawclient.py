@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from fleetfed.broker.packets import (
     ConnAck,
@@ -35,11 +35,15 @@ PATIENCE = 10.0
 
 
 class RawClient:
+    everyone: ClassVar[list[RawClient]] = []
+    """All that were opened; a fixture closes what a test leaves open."""
+
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, version: int) -> None:
         self.reader, self.writer, self.version = reader, writer, version
         self.inbox: deque[Packet] = deque()
         self.connack: ConnAck | None = None
         self.next_id = 0
+        self.everyone.append(self)
 
     @classmethod
     async def open(
