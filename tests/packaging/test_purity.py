@@ -19,7 +19,7 @@ ALLOWED = {
 }
 IO = {"asyncio", "socket", "time", "random", "os", "pathlib", "threading", "subprocess", "sqlite3", "aiomqtt", "paho"}
 ONLY_IN = {
-    "paho": {"device/mqtt.py", "shared/mqtt"},
+    "paho": {"device/link.py", "shared/mqtt"},
     "aiomqtt": {"shared/mqtt"},
     "sqlalchemy": {"cloud_coordinator"},
     "click": {"cloud_coordinator"},

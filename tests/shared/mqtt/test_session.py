@@ -513,3 +513,10 @@ async def test_gateway_certificate_works_too(any_broker: RunningBroker, peer: Ma
     gateway = await peer(any_broker.config("g-1", Role.GATEWAY), "work")
     await gateway.session.publish("work", b"x")
     await gateway.until(lambda: gateway.messages)
+
+
+async def test_qos_0_returns_when_it_left(any_broker: RunningBroker, peer: MakePeer) -> None:
+    one = await peer(any_broker.config("d-1"), "beat")
+    await asyncio.gather(*(one.session.publish("beat", b"%d" % number, qos=0) for number in range(100)))
+    await one.until(lambda: len(one.messages) == 100)
+    assert one.session.statistics().awaiting == 0
