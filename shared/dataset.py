@@ -38,7 +38,7 @@ from fleetfed.shared.config import Length, Range
 from fleetfed.shared.errors import ConfigError
 
 _MIB: Final = 1 << 20
-_IDX_TYPES: Final = {
+_IDX_TYPES: Final[dict[int, np.dtype[Any]]] = {
     0x08: np.dtype(np.uint8),
     0x09: np.dtype(np.int8),
     0x0B: np.dtype(">i2"),

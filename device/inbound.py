@@ -1,0 +1,101 @@
+"""From what the broker delivers to events: topic, size, signature and identity are checked here, in that order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fleetfed.device.events import (
+    ChunkArrived,
+    ManifestArrived,
+    NodeBorn,
+    PlanArrived,
+    ReceiptArrived,
+    RoundEnded,
+)
+from fleetfed.shared.errors import RejectReason, RemoteProtocolError
+from fleetfed.shared.trust.certificates import Certificate, Role
+from fleetfed.shared.trust.verifier import Verifier
+from fleetfed.shared.wire import codec, limits
+from fleetfed.shared.wire.envelope import MessageKind, parse_head
+from fleetfed.shared.wire.messages import Life, Manifest, Plan, Presence, Receipt, Revocations, RoundEnd
+from fleetfed.shared.wire.topics import BlobTopic, Broadcast, BroadcastTopic, MemberTopic, Verb, parse
+
+
+class Inbound:
+    """Turns messages into events for one device.
+
+    Args:
+        verifier: trusts the fleet's authority.
+        certificate: this device's own.
+        keep_revocations: makes a new revocation list durable, as signed.
+    """
+
+    def __init__(
+        self, verifier: Verifier, certificate: Certificate, *, keep_revocations: Callable[[bytes], None]
+    ) -> None:
+        self._verifier = verifier
+        self._own = certificate
+        self._keep_revocations = keep_revocations
+
+    def event(self, topic: str, payload: bytes, now: int) -> Any | None:
+        """The event that a message is; None where there is nothing to do.
+
+        Raises:
+            RemoteProtocolError: the message is refused, and why.
+        """
+        where = parse(topic)
+        if where.fleet != self._own.fleet:
+            raise RemoteProtocolError(RejectReason.WRONG_FLEET, topic)
+        if where.site != self._own.site:
+            raise RemoteProtocolError(RejectReason.WRONG_SITE, topic)
+        # An empty payload clears a retained message.
+        if not payload:
+            return None
+        if len(payload) > limits.MAX_PACKET:
+            raise RemoteProtocolError(RejectReason.TOO_LARGE, f"{len(payload)} bytes on {topic}")
+        match where:
+            case BlobTopic(digest=digest, index=index):
+                return ChunkArrived(digest, index, payload)
+            case BroadcastTopic(what=Broadcast.MODEL):
+                return self._manifest(payload, now)
+            case BroadcastTopic(what=Broadcast.PLAN):
+                return self._plan(payload, now)
+            case BroadcastTopic(what=Broadcast.NODE):
+                presence = codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE)
+                return NodeBorn(presence.session) if presence.life is Life.READY else None
+            case BroadcastTopic(what=Broadcast.REVOKED):
+                self.revocations(payload, now)
+            case MemberTopic(member=member, verb=Verb.RECEIPT) if member == self._own.id:
+                return self._receipt(payload, now)
+        return None
+
+    def revocations(self, payload: bytes, now: int, *, keep: bool = True) -> None:
+        """Take a revocation list.
+
+        Raises:
+            RemoteProtocolError: it is refused, and why.
+        """
+        lists, _, _ = self._verifier.open(payload, Revocations, kind=MessageKind.REVOCATIONS, now=now)
+        if self._verifier.revoke(lists) and keep:
+            self._keep_revocations(payload)
+
+    def _manifest(self, payload: bytes, now: int) -> ManifestArrived:
+        manifest, _, _ = self._verifier.open(payload, Manifest, kind=MessageKind.MANIFEST, now=now)
+        return ManifestArrived(manifest)
+
+    def _plan(self, payload: bytes, now: int) -> PlanArrived | RoundEnded:
+        head = parse_head(payload)
+        if head.header.kind is MessageKind.ROUND_END:
+            end, _, _ = self._verifier.open(payload, RoundEnd, kind=MessageKind.ROUND_END, now=now)
+            return RoundEnded(end)
+        plan, head, _ = self._verifier.open(payload, Plan, kind=MessageKind.PLAN, now=now)
+        if not plan.opened <= plan.deadline <= plan.expires:
+            raise RemoteProtocolError(RejectReason.MALFORMED, f"plan {plan.round}: its times are out of order")
+        return PlanArrived(plan, head.hash)
+
+    def _receipt(self, payload: bytes, now: int) -> ReceiptArrived:
+        receipt, _, certificate = self._verifier.open(payload, Receipt, kind=MessageKind.RECEIPT, now=now)
+        if certificate.role is Role.GATEWAY and certificate.site != self._own.site:
+            raise RemoteProtocolError(RejectReason.WRONG_SITE, f"a receipt of the gateway of {certificate.site}")
+        return ReceiptArrived(receipt)
