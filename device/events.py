@@ -280,8 +280,9 @@ class InstallPatches:
 
 @dataclass(frozen=True, slots=True)
 class InstallFull:
-    """Keep a whole model file; answer with `ModelInstalled` or `InstallFailed`."""
+    """Apply patches to the full file; answer with `ModelInstalled` or `InstallFailed`."""
 
+    patches: tuple[PatchRef, ...]
     manifest: Manifest
 
 

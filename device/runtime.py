@@ -280,9 +280,9 @@ class DeviceRuntime:
                 case events.InstallCard(ref):
                     store.install_card(ref)
                     return events.CardInstalled(ref.digest)
-                case events.InstallFull(manifest):
-                    model = store.install_full(manifest)
-                    size = manifest.full.size
+                case events.InstallFull(patches, manifest):
+                    model = store.install_full(patches, manifest)
+                    size = manifest.full.size + sum(patch.blob.size for patch in patches)
                 case events.InstallPatches(base, patches, manifest):
                     model = store.install_patches(base, patches, manifest)
                     size = sum(patch.blob.size for patch in patches)

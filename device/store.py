@@ -174,7 +174,10 @@ class Store:
         Raises:
             StorageError: it is missing or damaged.
         """
-        path = self._card_path(model.card)
+        return self._card(model.card)
+
+    def _card(self, card: bytes) -> ModelCard:
+        path = self._card_path(card)
         try:
             return ModelCard.decode(path.read_bytes())
         except (OSError, RemoteProtocolError) as error:
@@ -184,13 +187,16 @@ class Store:
         """The file of a model held; never changed in place."""
         return self._models / f"{model.sha256.hex()}.tflite"
 
-    def install_full(self, manifest: Manifest) -> HeldModel:
-        """Make the full file that was fetched the current model.
+    def install_full(self, patches: tuple[PatchRef, ...], manifest: Manifest) -> HeldModel:
+        """Make what the patches turn the fetched full file into the current model.
 
         Raises:
-            RemoteProtocolError: it is not the file that the manifest names, or does not fit its card.
+            RemoteProtocolError: as `install_patches`; or the full file is not what the manifest names.
         """
-        return self._install(self._object(manifest.full), manifest)
+        data = self._object(manifest.full)
+        if hashlib.sha256(data).digest() != manifest.full_sha256:
+            raise RemoteProtocolError(RejectReason.BODY_MISMATCH, f"full file {manifest.full_version}: another SHA-256")
+        return self._install(self._patched(data, manifest.card.digest, patches), manifest)
 
     def install_patches(self, base: HeldModel, patches: tuple[PatchRef, ...], manifest: Manifest) -> HeldModel:
         """Make what the patches turn ``base`` into the current model; without patches, ``base`` itself.
@@ -200,11 +206,12 @@ class Store:
         """
         if not patches:
             return self._commit_model(manifest)
-        table = self.card(base).table
-        data: bytes | bytearray = self.model_path(base).read_bytes()
+        return self._install(self._patched(self.model_path(base).read_bytes(), base.card, patches), manifest)
+
+    def _patched(self, data: bytes | bytearray, card: bytes, patches: tuple[PatchRef, ...]) -> bytes | bytearray:
         for patch in patches:
-            data = apply_patch(data, table, self._object(patch.blob))
-        return self._install(data, manifest)
+            data = apply_patch(data, self._card(card).table, self._object(patch.blob))
+        return data
 
     def _install(self, data: bytes | bytearray, manifest: Manifest) -> HeldModel:
         if hashlib.sha256(data).digest() != manifest.sha256:

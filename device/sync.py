@@ -7,7 +7,7 @@ Rules:
 
 1. A manifest below the floor is refused; the floor is durable before anything else is done for a manifest.
 2. The cheapest way is taken: nothing (the file is held already), the chain of patches from a held version, else the
-   full file. The card comes first where it is missing.
+   full file and the patches after it. The card comes first where it is missing.
 3. Whatever cannot be used is counted with its reason. A bad patch is followed by the full file, a bad full file or
    card by a pause and another attempt. The model held stays in use all the while.
 """
@@ -140,6 +140,8 @@ class ModelSync:
             raise RemoteProtocolError(RejectReason.TOO_LARGE, f"{manifest.size} bytes, limit {self._largest}")
         if manifest.full.raw_size != manifest.size:
             raise RemoteProtocolError(RejectReason.MALFORMED, "two sizes for one file")
+        if manifest.full_sha256 != manifest.sha256 and not _chain(manifest, manifest.full_sha256):
+            raise RemoteProtocolError(RejectReason.MALFORMED, "no way from the full file to this version")
         for ref in (manifest.card, manifest.full, *(patch.blob for patch in manifest.patches)):
             check_ref(ref)
             if ref.raw_size > self._largest:
@@ -147,9 +149,9 @@ class ModelSync:
         return False
 
     def _choose(self, manifest: Manifest) -> None:
-        """Set base and chain to the cheapest way; no base means the full file."""
-        self._base, self._chain = None, ()
-        best = manifest.full.size
+        """Set base and chain to the cheapest way; no base means that the chain begins at the full file."""
+        self._choose_full(manifest)
+        best = manifest.full.size + _size(self._chain)
         for model in self.models:
             if model.card != manifest.card.digest:
                 continue
@@ -157,16 +159,17 @@ class ModelSync:
                 self._base, self._chain = model, ()
                 return
             chain = _chain(manifest, model.sha256)
-            size = sum(patch.blob.size for patch in chain)
-            if chain and size < best:
-                self._base, self._chain, best = model, chain, size
+            if chain and _size(chain) < best:
+                self._base, self._chain, best = model, chain, _size(chain)
+
+    def _choose_full(self, manifest: Manifest) -> None:
+        self._base, self._chain = None, _chain(manifest, manifest.full_sha256)
 
     def _objects(self, manifest: Manifest) -> list[BlobRef]:
         """What has to be on disk before the model can be installed, in order."""
         card = [] if manifest.card.digest in self._cards else [manifest.card]
-        if self._base is None:
-            return [*card, manifest.full]
-        return [*card, *(patch.blob for patch in self._chain)]
+        full = [manifest.full] if self._base is None else []
+        return [*card, *full, *(patch.blob for patch in self._chain)]
 
     def _advance(self, now: int) -> list[Any]:
         """Fetch the next object, or install what is complete."""
@@ -182,7 +185,7 @@ class ModelSync:
                 return [InstallCard(ref)]
         self._installing = True
         if self._base is None:
-            return [InstallFull(manifest)]
+            return [InstallFull(self._chain, manifest)]
         return [InstallPatches(self._base, self._chain, manifest)]
 
     def parts(self, digest: bytes, have: tuple[int, ...], now: int) -> list[Any]:
@@ -246,7 +249,7 @@ class ModelSync:
         self._fetched.clear()
         card_is_here = manifest.card.digest in self._cards
         if self._base is not None and card_is_here:
-            self._base, self._chain = None, ()
+            self._choose_full(manifest)
             return [*out, DropParts(), *self._advance(now)]
         self._unusable = (manifest.version, f"{reason}: {detail}"[:200])
         self._retry_at = now + self._pause
@@ -297,6 +300,11 @@ class ModelSync:
         assert all(m.version <= self.floor for m in self.models), "a model above the floor"
         assert self._manifest is not None or (self._download is None and self._finding is None)
         assert self._manifest is None or self._manifest.version == self.floor
+
+
+def _size(chain: tuple[PatchRef, ...]) -> int:
+    """Bytes to fetch for the chain."""
+    return sum(patch.blob.size for patch in chain)
 
 
 def _chain(manifest: Manifest, start: bytes) -> tuple[PatchRef, ...]:
