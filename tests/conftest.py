@@ -5,10 +5,6 @@ from pathlib import Path
 
 from hypothesis import settings
 
-# The same examples in every run, and no verdict on how fast a shared machine was just now.
-settings.register_profile("fleetfed", derandomize=True, deadline=None)
-settings.load_profile("fleetfed")
-
 # Tests are imported by path, so what they share needs a place on the path: a folder that holds nothing else.
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
@@ -31,3 +27,7 @@ __all__ = [
     "mqtt_versions_forgotten",
     "start_any_broker",
 ]
+
+# The same examples in every run, and no verdict on how fast a shared machine was just now.
+settings.register_profile("fleetfed", derandomize=True, deadline=None)
+settings.load_profile("fleetfed")
