@@ -200,7 +200,7 @@ class ControlClient:
                 await self._publish(data)
                 response = await self._unless_stopped(answer)
         except TimeoutError:
-            raise NoAnswerError(self._silence(command, seconds)) from None
+            raise NoAnswerError(await self._silence(command, seconds)) from None
         finally:
             del self._pending[message.id]
         if response.error:
@@ -244,11 +244,12 @@ class ControlClient:
             self._running.result()
         return answer.result()
 
-    def _silence(self, command: Command, seconds: float) -> str:
+    async def _silence(self, command: Command, seconds: float) -> str:
         if not self._session.connected:
+            why = await asyncio.to_thread(diagnose, self.connection)
             return (
-                f"the connection to {self.connection.host}:{self.connection.port} was lost while waiting for "
-                f"{command}; another program may be using the identity {self.id}, each needs its own"
+                f"the connection was lost while waiting for {command}: {why}. If it comes and goes, another program "
+                f"is using the identity {self.id}: each needs its own"
             )
         life = None if self._coordinator is None else self._coordinator.life
         if life is None or life is not Life.READY:

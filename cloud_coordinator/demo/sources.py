@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -118,7 +119,7 @@ def load(source: str, deal: Deal) -> Split:
                 return _deal(path.stem, training, validation, deal, rng, most=most)
             if {"samples", "lengths", "activity", "volunteer"} <= names:
                 return _volunteers({name: arrays[name] for name in names}, deal, rng)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{source}: {error}; --data takes digits, or a path to mnist.npz or hmp.npz") from error
     raise ConfigError(
         f"{source}: neither x_train, y_train, x_test and y_test nor samples, lengths, activity and volunteer are in it"
