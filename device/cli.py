@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import signal
 import sys
 import threading
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from fleetfed.device import memory
 from fleetfed.shared.errors import ConfigError, FleetFedError, StorageError
 from fleetfed.shared.telemetry import LEVELS, configure_logging
 
@@ -37,11 +37,6 @@ device.toml:
   [data]
   path = "data.npz"                # arrays x and y; or a .csv, an IDX file with labels, or function = "module:name"
 """
-
-_M_TRIM_THRESHOLD: Final = -1
-_M_MMAP_THRESHOLD: Final = -3
-_M_ARENA_MAX: Final = -8
-_FROM_HERE_OWN_PAGES: Final = 128 * 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,27 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _frugal() -> None:
-    """Keep the process small; before numpy is imported.
-
-    One heap instead of one per thread, and large blocks in pages of their own, which go back to the system when they
-    are freed; no threads of a linear algebra library, which a device does not need.
-    """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import ctypes
-
-    try:
-        mallopt: Any = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(_M_ARENA_MAX, 1)
-    mallopt(_M_MMAP_THRESHOLD, _FROM_HERE_OWN_PAGES)
-    mallopt(_M_TRIM_THRESHOLD, _FROM_HERE_OWN_PAGES)
-
-
 def _load(options: argparse.Namespace) -> tuple[DeviceConfig, Identity]:
-    _frugal()
+    memory.settle_in()
     # Sensors, processing functions and trainers may lie beside the settings.
     sys.path.insert(0, str(options.config.resolve().parent))
     from fleetfed.device import config

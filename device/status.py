@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Final
 
+from fleetfed.device import memory
 from fleetfed.device.events import HeldModel
 from fleetfed.device.worker import Summary
 from fleetfed.shared.mqtt.meter import ByteCount
@@ -83,7 +82,7 @@ class StatusFile:
             "model_version": model.version if model else 0,
             "model_sha256": model.sha256.hex() if model else "",
             "wire": {"sent": total.sent, "received": total.received},
-            "rss_mb_max": round(max_rss_mb(), 1),
+            "rss_mb_max": round(memory.peak_mb(), 1),
             "rejected": self._rejected.snapshot(),
             "refused_by_broker": refused_by_broker,
             "rounds": list(self._rounds.values()),
@@ -122,9 +121,3 @@ class StatusFile:
             self._before = ByteCount(int(status["wire"]["sent"]), int(status["wire"]["received"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return
-
-
-def max_rss_mb() -> float:
-    """Most memory that this process ever held, in MB (10**6 bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6

@@ -14,15 +14,15 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetfed.device import memory
 from fleetfed.device.config import DeviceConfig
 from fleetfed.shared import dataset
 from fleetfed.shared.dataset import Dataset
@@ -32,9 +32,6 @@ from fleetfed.shared.wire.messages import DeclineReason, Eligibility, Optimizer,
 
 if TYPE_CHECKING:
     from fleetfed.shared.model import interpreter
-
-_EVALUATION_BATCHES: Final = 1
-"""Training batches that holdout examples are scored by at a time; more would only cost memory."""
 
 Floats = NDArray[np.float32]
 
@@ -157,9 +154,7 @@ class TfliteTrainer:
         except ConfigError as error:
             raise TrainingDeclinedError(DeclineReason.TRAINING_FAILED, str(error)) from error
         finally:
-            # Interpreters and their buffers form cycles; what a round needed must not add to what the next one does.
-            gc.collect()
-            trim_memory()
+            memory.trim()
 
     def _load(self, card: ModelCard) -> tuple[Dataset, Dataset]:
         settings = self._settings.data
@@ -174,42 +169,25 @@ class TfliteTrainer:
         return training, holdout
 
     def _train(self, task: Task, training: Dataset, holdout: Dataset) -> Trained:
-        # Imported late: a device that waits does not carry the runtime.
-        from fleetfed.shared.model.interpreter import Model
-
-        model = Model(task.model, task.card, num_threads=self._settings.run.threads)
-        before = _evaluate(model, holdout, task)
-        seen, steps, loss_sum = 0, 0, 0.0
-        optimizer = _optimizer(task.training)
-        batch, limit = task.card.batch, task.training.max_steps
-        within = np.arange(batch)
-        for _ in range(task.training.epochs):
-            order = task.rng.permutation(len(training))
-            for start in range(0, len(order), batch):
-                if limit and steps >= limit:
-                    break
-                if task.cancelled():
-                    raise TrainingCancelledError
-                x, y = training.batch(order[start : start + batch])
-                loss = model.train_epoch(x, y, optimizer=optimizer, order=within[: len(y)])
-                if not np.isfinite(loss):
-                    raise TrainingDeclinedError(DeclineReason.DIVERGED, f"loss {loss} after {steps} steps")
-                loss_sum += loss * len(y)
-                seen += len(y)
-                steps += 1
-        after = _evaluate(model, holdout, task)
-        delta = model.get_weights()
-        del model
+        # One interpreter at a time, and each with one purpose: it keeps memory for everything that it ever ran.
+        memory.trim()
+        before = self._evaluate(task, holdout, None)
+        steps = _Steps()
+        delta = self._descend(task, training, steps)
+        memory.trim()
+        if not np.isfinite(delta).all():
+            raise TrainingDeclinedError(DeclineReason.DIVERGED, f"weights not finite after {steps.count} steps")
+        after = self._evaluate(task, holdout, delta)
+        if not np.isfinite(after.loss_sum):
+            raise TrainingDeclinedError(DeclineReason.DIVERGED, "a holdout loss that is not finite")
         _subtract_file(delta, task)
-        if not np.isfinite(delta).all() or not np.isfinite(after.loss_sum):
-            raise TrainingDeclinedError(DeclineReason.DIVERGED, f"weights or losses that are not finite, {steps} steps")
         held = max(after.examples, 1)
         return Trained(
             delta=delta,
             examples=len(training),
-            seen=seen,
-            steps=steps,
-            training_loss=max(loss_sum / max(seen, 1), 0.0),
+            seen=steps.seen,
+            steps=steps.count,
+            training_loss=max(steps.loss_sum / max(steps.seen, 1), 0.0),
             holdout_examples=after.examples,
             holdout_correct=after.correct,
             holdout_loss=max(after.loss_sum / held, 0.0),
@@ -217,25 +195,75 @@ class TfliteTrainer:
             before_loss=before.loss_sum / held if np.isfinite(before.loss_sum) else 0.0,
         )
 
+    def _model(self, task: Task) -> interpreter.Model:
+        # Imported late: a device that waits does not carry the runtime.
+        from fleetfed.shared.model.interpreter import Model
+
+        model = Model(task.model, task.card, num_threads=self._settings.run.threads)
+        memory.release_clean_pages()
+        return model
+
+    def _descend(self, task: Task, training: Dataset, steps: _Steps) -> Floats:
+        """Train; return the trained weights."""
+        model = self._model(task)
+        optimizer = _optimizer(task.training)
+        batch, limit = task.card.batch, task.training.max_steps
+        within = np.arange(batch)
+        for _ in range(task.training.epochs):
+            order = task.rng.permutation(len(training))
+            for start in range(0, len(order), batch):
+                if limit and steps.count >= limit:
+                    break
+                if task.cancelled():
+                    raise TrainingCancelledError
+                x, y = training.batch(order[start : start + batch])
+                loss = model.train_epoch(x, y, optimizer=optimizer, order=within[: len(y)])
+                if not np.isfinite(loss):
+                    raise TrainingDeclinedError(DeclineReason.DIVERGED, f"loss {loss} after {steps.count} steps")
+                if not steps.count:
+                    # The weights were copied out of the file: its pages and the code that did it are not needed again.
+                    memory.release_clean_pages()
+                steps.add(loss, len(y))
+        memory.release_clean_pages()
+        return model.get_weights()
+
+    def _evaluate(self, task: Task, data: Dataset, weights: Floats | None) -> _Score:
+        """Score the file's model, or the same with other weights."""
+        if not len(data):
+            return _Score()
+        model = self._model(task)
+        if weights is not None:
+            model.set_weights(weights)
+        loss_sum, correct = 0.0, 0
+        for start in range(0, len(data), task.card.batch):
+            if task.cancelled():
+                raise TrainingCancelledError
+            x, y = data.batch(np.arange(start, min(start + task.card.batch, len(data))))
+            part = model.evaluate(x, y)
+            loss_sum += part.loss_sum
+            correct += part.correct
+        return _Score(loss_sum, correct, len(data))
+
+
+@dataclass(slots=True)
+class _Steps:
+    """What training did so far."""
+
+    count: int = 0
+    seen: int = 0
+    loss_sum: float = 0.0
+
+    def add(self, loss: float, examples: int) -> None:
+        self.count += 1
+        self.seen += examples
+        self.loss_sum += loss * examples
+
 
 @dataclass(frozen=True, slots=True)
 class _Score:
     loss_sum: float = 0.0
     correct: int = 0
     examples: int = 0
-
-
-def _evaluate(model: interpreter.Model, data: Dataset, task: Task) -> _Score:
-    size = task.card.batch * _EVALUATION_BATCHES
-    loss_sum, correct = 0.0, 0
-    for start in range(0, len(data), size):
-        if task.cancelled():
-            raise TrainingCancelledError
-        x, y = data.batch(np.arange(start, min(start + size, len(data))))
-        part = model.evaluate(x, y)
-        loss_sum += part.loss_sum
-        correct += part.correct
-    return _Score(loss_sum, correct, len(data))
 
 
 def _optimizer(training: Training) -> interpreter.Optimizer:
@@ -283,22 +311,6 @@ def make_trainer(settings: DeviceConfig) -> Trainer:
     return cast("Trainer", trainer)
 
 
-def trim_memory() -> None:
-    """Give freed memory back to the system where the C library can; a device is judged by what it holds."""
-    trim: Any = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-def _malloc_trim() -> Any:
-    import ctypes
-
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):
-        return None
-
-
 __all__ = [
     "Task",
     "TfliteTrainer",
@@ -307,5 +319,4 @@ __all__ = [
     "TrainingCancelledError",
     "TrainingDeclinedError",
     "make_trainer",
-    "trim_memory",
 ]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fleetfed.device import update
-from fleetfed.device.trainer import Task, Trained, Trainer, TrainingCancelledError, TrainingDeclinedError, trim_memory
+from fleetfed.device import memory, update
+from fleetfed.device.trainer import Task, Trained, Trainer, TrainingCancelledError, TrainingDeclinedError
 from fleetfed.device.update import Prepared, Residual
 from fleetfed.shared.errors import LocalProtocolError, StorageError
 from fleetfed.shared.model.card import ModelCard
@@ -149,7 +149,7 @@ def work(trainer: Trainer, job: Job, cancelled: Callable[[], bool]) -> Finished:
     summary = _summary(trained, prepared)
     del trained
     if job.card.parameters > _WORTH_TRIMMING:
-        trim_memory()
+        memory.trim()
     return Finished(plan_hash=job.plan_hash, prepared=prepared, summary=summary)
 
 

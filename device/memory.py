@@ -1,0 +1,98 @@
+"""Keeps a small process small: what a board with little memory has, every other program on it wants too.
+
+Linux with glibc only; elsewhere these functions do nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+_M_ARENA_MAX: Final = -8
+_OWN_PAGES_FROM: Final = 128 * 1024
+_MADV_DONTNEED: Final = 4
+
+
+def _libc(function: str) -> Any:
+    try:
+        return getattr(ctypes.CDLL(None), function)
+    except (OSError, AttributeError):
+        return None
+
+
+def settle_in() -> None:
+    """Once, before numpy is imported: one heap for all threads, and large blocks that go back when they are freed.
+
+    glibc would otherwise make a heap per thread and learn to keep large blocks. The threads of a linear algebra
+    library, which a device does not need, are not started.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    mallopt = _libc("mallopt")
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES_FROM)
+        mallopt(_M_TRIM_THRESHOLD, _OWN_PAGES_FROM)
+
+
+def trim() -> None:
+    """Give back what was freed, and code that was needed once.
+
+    Of what a process imports most runs only at its start. Those pages are clean copies of files: they are dropped
+    here, and the kernel brings back what is used again from its cache. So the process holds what it works with.
+    """
+    gc.collect()
+    malloc_trim = _libc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+    release_clean_pages()
+
+
+def release_clean_pages() -> None:
+    """Drop the resident pages of program code and of read-only shared file mappings; they come back on demand."""
+    if not sys.platform.startswith("linux"):
+        return
+    madvise = _libc("madvise")
+    try:
+        smaps = Path("/proc/self/smaps").read_text()
+    except OSError:
+        return
+    if madvise is None:
+        return
+    start = end = 0
+    wanted = False
+    for line in smaps.splitlines():
+        first, _, rest = line.partition(" ")
+        if not first.endswith(":"):
+            start, end = (int(bound, 16) for bound in first.split("-"))
+            # Code (r-xp), and files that are only read (r--s): the model, while the runtime maps it.
+            wanted = rest.startswith(("r-xp", "r--s")) and "/" in rest
+        elif first == "Anonymous:" and wanted:
+            # A page that was written to exists nowhere else: such a mapping is left alone.
+            if int(rest.split()[0]) == 0:
+                madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+            wanted = False
+
+
+def peak_mb() -> float:
+    """Most memory that this program ever held resident, in MB (10**6 bytes).
+
+    Not ``ru_maxrss``: that one begins with the size of the process that started us.
+    """
+    try:
+        with Path("/proc/self/status").open() as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024 / 1e6
+    except OSError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
