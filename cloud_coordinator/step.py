@@ -147,7 +147,7 @@ def take_step(
             residual=state.residual,
             bits=config.patch.bits,
             clip=config.patch.clip,
-            level=config.patch.level,
+            level=config.patch.level or None,
         )
         after = next_clips(clips, meta, config.clips)
     except StorageError:

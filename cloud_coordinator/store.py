@@ -98,6 +98,11 @@ class Store:
         self._connection.close()
         self._engine.dispose()
 
+    @property
+    def in_transaction(self) -> bool:
+        """Whether what was written last is not durable yet."""
+        return self._depth > 0
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Make what is written inside durable at once or not at all; may be nested.

@@ -6,7 +6,7 @@ Everything here is called in a worker thread or is quick; objects are in the blo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -193,17 +193,16 @@ def since_full(newest_first: Sequence[VersionRecord]) -> SinceFull:
     Args:
         newest_first: the newest versions, at least as far as the last whole one.
     """
-    patches, size = 0, 0
-    for record in newest_first:
+    size = 0
+    for patches, record in enumerate(newest_first):
         if record.full_ref is not None:
             return SinceFull(patches=patches, bytes=size, full=record.full_ref.size)
         assert record.patch_ref is not None
-        patches += 1
         size += record.patch_ref.size
     raise AssertionError("no version was ever published whole")
 
 
-def manifest_of(newest_first: Sequence[VersionRecord]) -> Manifest:
+def manifest_of(newest_first: Sequence[VersionRecord], *, available: Callable[[bytes], bool]) -> Manifest:
     """The manifest of the newest version.
 
     Its patches reach back to the last whole file, and further while they cost less than that file: so a device that
@@ -211,6 +210,7 @@ def manifest_of(newest_first: Sequence[VersionRecord]) -> Manifest:
 
     Args:
         newest_first: the newest versions, at least as far as the last whole one.
+        available: whether an object, by its digest, is still kept.
     """
     newest = newest_first[0]
     full: VersionRecord | None = None
@@ -222,7 +222,8 @@ def manifest_of(newest_first: Sequence[VersionRecord]) -> Manifest:
         if record.patch_ref is None or base is None or len(patches) >= limits.MAX_PATCH_CHAIN:
             break
         size += record.patch_ref.size
-        if full is not None and full.full_ref is not None and size >= full.full_ref.size:
+        enough = full is not None and full.full_ref is not None and size >= full.full_ref.size
+        if enough or not available(record.patch_ref.digest):
             break
         patches.append(
             PatchRef(

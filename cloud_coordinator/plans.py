@@ -1,0 +1,50 @@
+"""A round's plan from the settings and the model that it starts from."""
+
+from __future__ import annotations
+
+from fleetfed.cloud_coordinator.config import RoundSettings
+from fleetfed.cloud_coordinator.records import VersionRecord
+from fleetfed.shared.aggregate.lanes import choose_lane_bits
+from fleetfed.shared.wire.messages import Eligibility, Plan, Quantization, Quorum
+
+
+def make_plan(
+    settings: RoundSettings, *, number: int, base: VersionRecord, dimension: int, tiers: int, now: int, nonce: bytes
+) -> Plan:
+    """Return the plan of round ``number``.
+
+    Args:
+        settings: how rounds run.
+        number: of the round.
+        base: the version that devices start from; it carries the clips.
+        dimension: trainable values in the model.
+        tiers: gateways between a device and the coordinator, at most.
+        now: unix milliseconds.
+        nonce: 16 unpredictable bytes.
+    """
+    return Plan(
+        round=number,
+        model_version=base.version,
+        model_sha256=base.sha256,
+        dimension=dimension,
+        quantization=Quantization(
+            bits=base.clips.bits,
+            lane_bits=choose_lane_bits(base.clips.bits, settings.cohort_cap),
+            clips=base.clips.clips,
+            weight_cap=settings.plan_weight_cap,
+            error_feedback=settings.error_feedback,
+        ),
+        training=settings.training,
+        eligibility=Eligibility(
+            fraction=settings.fraction, labels=settings.labels, minimum_examples=settings.minimum_examples
+        ),
+        quorum=Quorum(
+            fraction=settings.quorum_fraction, minimum=settings.quorum_minimum, cohort_cap=settings.cohort_cap
+        ),
+        weighting=settings.weighting,
+        tiers=tiers,
+        opened=now,
+        deadline=now + round(settings.deadline * 1000),
+        expires=now + round(settings.expires * 1000),
+        nonce=nonce,
+    )

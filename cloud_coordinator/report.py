@@ -1,0 +1,94 @@
+"""Rounds, versions and the fleet as plain values: what the status, the control topics and ``--json`` show."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from fleetfed.cloud_coordinator.records import ExchangeRecord, RoundRecord, VersionRecord
+from fleetfed.shared.aggregate.meta import MetaSum
+
+HISTORY: Final = 50
+"""Rounds that the status carries: each subscriber gets all of them with every change."""
+
+__all__ = ["HISTORY", "MetaSum", "history_row", "meta_metrics", "round_report", "tally", "version_row"]
+
+
+def tally(reasons: Iterable[str]) -> dict[str, int]:
+    """How often each reason occurs, by reason."""
+    return dict(sorted(Counter(reasons).items()))
+
+
+def meta_metrics(meta: MetaSum) -> dict[str, float]:
+    """What the devices measured, as metrics of the version that they made together.
+
+    A device trains and measures *before* the version exists: its holdout metrics are of the model it trained.
+    """
+    metrics = {"training_loss": meta.training_loss}
+    if meta.holdout_accuracy is not None and meta.holdout_loss is not None:
+        metrics |= {"holdout_accuracy": meta.holdout_accuracy, "holdout_loss": meta.holdout_loss}
+    return metrics
+
+
+def round_report(
+    exchanges: Sequence[ExchangeRecord], meta: MetaSum | None, metrics: dict[str, float]
+) -> dict[str, Any]:
+    """What a round's record keeps beside its columns."""
+    found: dict[str, Any] = {}
+    for name in ("declined", "rejected", "excluded"):
+        total: Counter[str] = Counter()
+        for exchange in exchanges:
+            total.update(getattr(exchange, name))
+        if total:
+            found[name] = dict(sorted(total.items()))
+    found |= metrics
+    if meta is not None:
+        found |= {"examples": meta.examples, "clipped": max(meta.clipped)}
+    return found
+
+
+def history_row(record: RoundRecord) -> dict[str, Any]:
+    """One finished round, as operators see it.
+
+    ``update_bytes`` is the mean size of an update as sent, ``seconds`` from the plan to the version, ``clipped`` the
+    largest fraction of clipped coordinates of any tensor.
+    """
+    row: dict[str, Any] = {
+        "round": record.number,
+        "outcome": record.outcome,
+        "opened": record.opened,
+        "closed": record.closed,
+        "seconds": (record.closed - record.opened) / 1000,
+        "version": record.version,
+        "contributors": record.participants,
+        "weight": record.weight,
+        "update_bytes": round(record.update_bytes / record.participants) if record.participants else 0,
+        "update_bytes_total": record.update_bytes,
+        "patch_bytes": record.patch_bytes,
+    }
+    if record.reason:
+        row["reason"] = record.reason
+    return row | record.report
+
+
+def version_row(record: VersionRecord) -> dict[str, Any]:
+    """One version, as operators see it."""
+    return {
+        "version": record.version,
+        "parent": record.parent,
+        "origin": record.origin.value,
+        "source": record.source,
+        "name": record.name,
+        "sha256": record.sha256.hex(),
+        "bytes": record.size,
+        "kept": record.file is not None,
+        "round": record.round,
+        "plan": "" if record.plan_hash is None else record.plan_hash.hex(),
+        "contributors": record.contributors,
+        "weight": record.weight,
+        "patch_bytes": 0 if record.patch_ref is None else record.patch_ref.size,
+        "full_bytes": 0 if record.full_ref is None else record.full_ref.size,
+        "created": record.created,
+        "metrics": record.metrics,
+    }

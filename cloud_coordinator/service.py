@@ -1,0 +1,636 @@
+"""Performs what the machine decides: signs, stores, computes, and hands packets over to be sent.
+
+One event is one database transaction: the machine handles it, whatever its instructions store is written, what
+follows from that is handled too, and only when all of it is durable do the packets leave, in order. An error in
+between (a full disk) ends the program; a restart goes on from the last transaction.
+
+No sockets and no clock here: `runtime` brings messages in, calls `Coordinator.timer` when `Coordinator.next_deadline`
+has come, and sends what `send` is given. So tests run the coordinator without a broker, and stop it at any write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from fleetfed.cloud_coordinator import events as ev
+from fleetfed.cloud_coordinator import report
+from fleetfed.cloud_coordinator.blobstore import BlobStore
+from fleetfed.cloud_coordinator.config import CoordinatorConfig, RoundSettings
+from fleetfed.cloud_coordinator.evaluate import Evaluator
+from fleetfed.cloud_coordinator.fleet import Fleet
+from fleetfed.cloud_coordinator.plans import make_plan
+from fleetfed.cloud_coordinator.proposals import PlanInForce
+from fleetfed.cloud_coordinator.publish import PLAN, REVOCATIONS, Outgoing, Publisher
+from fleetfed.cloud_coordinator.records import ExchangeRecord, RoundRecord, VersionRecord
+from fleetfed.cloud_coordinator.round import Exchange, Round
+from fleetfed.cloud_coordinator.state import CoordinatorMachine, Run, State, Wish
+from fleetfed.cloud_coordinator.step import ServerState, StepConfig, StepError, ring_of, take_step
+from fleetfed.cloud_coordinator.store import Store
+from fleetfed.cloud_coordinator.versions import from_file, from_step, manifest_of, read_model, since_full
+from fleetfed.shared.aggregate.accumulator import Accumulator, Partial, decode_words
+from fleetfed.shared.errors import ConfigError, RejectReason, RemoteProtocolError, StorageError
+from fleetfed.shared.machine import TimerFired
+from fleetfed.shared.model.card import ModelCard
+from fleetfed.shared.telemetry import Counters
+from fleetfed.shared.trust.identity import Identity
+from fleetfed.shared.trust.signer import Message, Signer
+from fleetfed.shared.wire import codec, limits
+from fleetfed.shared.wire.chunks import split
+from fleetfed.shared.wire.envelope import Digest, MessageKind, open_body, parse_head
+from fleetfed.shared.wire.messages import Commit, Outcome, Plan, Receipt, Revocations, RoundEnd, Status
+from fleetfed.shared.wire.topics import CLOUD_SITE, Broadcast, Kind, SiteTopics, Verb
+
+_log = logging.getLogger(__name__)
+
+_RUN: Final = "run"
+_STATUS_EVERY: Final = 500
+"""Milliseconds between two statuses that only tell of progress."""
+_COLLECT_EVERY: Final = 10
+"""Versions between two collections of the blob store."""
+_NEWEST: Final = 2 * limits.MAX_PATCH_CHAIN + 2
+"""Versions that reach back to the last whole one for certain."""
+
+
+class Coordinator:
+    """See the module. All calls but the step's computation happen on one thread.
+
+    Args:
+        config: the settings.
+        identity: the coordinator's.
+        store, blobs: durable state.
+        clock: unix milliseconds.
+        signer: signs as the coordinator.
+        randomness: returns so many unpredictable bytes.
+        send: takes a packet for the broker; must not block.
+        wake: called when `next_deadline` may have moved.
+
+    Raises:
+        ConfigError: the first model or the validation set cannot be used.
+        StorageError: durable state is damaged.
+    """
+
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        *,
+        identity: Identity,
+        store: Store,
+        blobs: BlobStore,
+        clock: Callable[[], int],
+        signer: Signer,
+        randomness: Callable[[int], bytes],
+        send: Callable[[Outgoing], None],
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.blobs = blobs
+        self.fleet = Fleet()
+        self.verifier = identity.verifier()
+        self.topics = SiteTopics(identity.certificate.fleet, CLOUD_SITE)
+        self.rejected = Counters()
+        self.clock = clock
+        self.evaluator = None if config.validation is None else Evaluator(config.validation)
+        self.current: PlanInForce | None = None
+        self.failed: asyncio.Future[None] | None = None
+        self.finished_rounds = 0
+        self._signer = signer
+        self._randomness = randomness
+        self._transport = send
+        self._wake = wake
+        self._outgoing: list[Outgoing] = []
+        self._depth = 0
+        self._status_due: int | None = None
+        self._proposal = b""
+        self._partial: tuple[bytes, Partial] | None = None
+        self._sum: Accumulator | None = None
+        self._step: asyncio.Task[None] | None = None
+        self._card: tuple[bytes, ModelCard] | None = None
+        self.publisher = Publisher(self.topics, store=store, blobs=blobs, send=self.send)
+        self._restore_revocations()
+        self._publish_first_model()
+        self.machine = self._restore()
+        self.history: deque[dict[str, object]] = deque(
+            (report.history_row(record) for record in reversed(store.rounds(limit=report.HISTORY)) if record.outcome),
+            maxlen=report.HISTORY,
+        )
+        blobs.collect(store.references())
+
+    # --- Life ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Go on where the database says; call once, on the event loop."""
+        self.failed = asyncio.get_running_loop().create_future()
+        self.handle(ev.Started())
+        if self.config.autostart and self.store.document(_RUN) is None:
+            self.handle(ev.StartRequested(self.config.rounds))
+
+    async def stop(self) -> None:
+        """Wait for a step in progress, so that it need not be repeated."""
+        if self._step is not None:
+            await asyncio.wait({self._step})
+
+    async def idle(self) -> None:
+        """Return when no step is being computed."""
+        while self._step is not None and not self._step.done():
+            await asyncio.wait({self._step})
+
+    def next_deadline(self) -> int | None:
+        """When to call `timer`, in unix milliseconds."""
+        times = [at for at in (self.machine.next_deadline(), self._status_due) if at is not None]
+        return min(times, default=None)
+
+    def timer(self) -> None:
+        """The time that `next_deadline` named has come."""
+        now = self.clock()
+        deadline = self.machine.next_deadline()
+        if self._status_due is not None and now >= self._status_due:
+            self.publish_status()
+        if deadline is not None and now >= deadline:
+            self.handle(TimerFired())
+
+    def handle(self, *events: object) -> None:
+        """Let the machine handle events, store what follows, then send.
+
+        Raises:
+            StorageError: the database refuses; the coordinator must be started again.
+        """
+        now = self.clock()
+        self._depth += 1
+        try:
+            with self.store.transaction():
+                queue = deque(events)
+                while queue:
+                    for instruction in self.machine.handle(queue.popleft(), now):
+                        queue.extend(self._perform(instruction, now))
+        finally:
+            self._depth -= 1
+        self.flush()
+        self._wake()
+
+    def send(self, packet: Outgoing) -> None:
+        """Send a packet once everything written so far is durable."""
+        self._outgoing.append(packet)
+        self.flush()
+
+    def flush(self) -> None:
+        """Hand packets over to the transport unless a transaction is open."""
+        if self._depth or self.store.in_transaction:
+            return
+        packets, self._outgoing = self._outgoing, []
+        for packet in packets:
+            self._transport(packet)
+
+    def publish_everything(self) -> None:
+        """Publish every retained message: the broker may have lost them."""
+        self.publisher.everything()
+        self.publish_status()
+
+    def sign(self, kind: MessageKind, body: object, *, now: int, round: int = 0) -> Message:
+        """Sign a message as the coordinator."""
+        return self._signer.sign(kind, body, now=now, round=round)
+
+    # --- Messages -----------------------------------------------------------------------------------------------------
+
+    def refuse(self, message: ev.Named, reason: RejectReason, detail: str = "") -> None:
+        """Count a refused message and tell its sender."""
+        self.rejected.add(reason)
+        _log.warning("%s: refused: %s %s", message.gateway, reason, detail)
+        receipt = Receipt(message_id=message.message_id, head=message.head, reason=reason, detail=detail[:2000])
+        signed = self.sign(MessageKind.RECEIPT, receipt, now=self.clock())
+        self._down(message.gateway, Verb.RECEIPT, signed.encode())
+
+    def proposed(self, event: ev.ProposalVerified, message: bytes) -> None:
+        """A verified proposal came in, as these bytes."""
+        self._proposal = message
+        self.handle(event)
+
+    def revealed(self, event: ev.RevealVerified, words: bytes, partial: Partial) -> None:
+        """A verified partial came in."""
+        self._partial = (words, partial)
+        self.handle(event)
+        self._partial = None
+
+    def fleet_changed(self) -> None:
+        """Presence or a census changed."""
+        summary = self.fleet.summary()
+        if summary != self.machine.fleet and self.machine.state is not State.OPENING:
+            self.handle(summary)
+        if self._status_due is None:
+            self._status_due = self.clock() + _STATUS_EVERY
+            self._wake()
+
+    def resend_commit(self, record: ExchangeRecord) -> None:
+        """Send a stored commit."""
+        head = parse_head(record.commit)
+        for frame in split(head.header.message_id, record.commit):
+            self._down(record.gateway, Verb.COMMIT, frame)
+
+    def resend_receipt(self, record: ExchangeRecord) -> None:
+        """Send the stored receipt of a reveal."""
+        if record.receipt is not None:
+            self._down(record.gateway, Verb.RECEIPT, record.receipt)
+
+    def _down(self, gateway: str, verb: Verb, payload: bytes) -> None:
+        self.send(Outgoing(topic=self.topics.down(Kind.GATEWAY, gateway, verb), payload=payload))
+
+    # --- Instructions -------------------------------------------------------------------------------------------------
+
+    def _perform(self, instruction: ev.Instruction, now: int) -> list[object]:
+        match instruction:
+            case ev.OpenRound():
+                return [self._open_round(instruction, now)]
+            case ev.PublishPlan() | ev.PublishEnd():
+                self.publisher.plan()
+            case ev.StoreCommit():
+                return [self._store_commit(instruction, now)]
+            case ev.SendCommit(gateway):
+                self.resend_commit(self._exchange(gateway))
+            case ev.StoreReveal(message):
+                self._store_reveal(message, now)
+            case ev.SendStoredReceipt(gateway):
+                self.resend_receipt(self._exchange(gateway))
+            case ev.Refuse():
+                self.refuse(instruction.message, instruction.reason, instruction.detail)
+            case ev.StartStep(number):
+                self._step = asyncio.get_running_loop().create_task(self._take_step(number), name=f"step-{number}")
+            case ev.StoreAbort(number, reason):
+                self._store_abort(number, reason, now)
+            case ev.PublishModel():
+                self.publisher.model()
+            case ev.StoreAwaited(number, awaited):
+                self.store.update_round(replace(self._round(number), awaited=awaited))
+            case ev.StoreRun():
+                self.store.put_document(_RUN, codec.encode(self.machine.run))
+            case ev.PublishStatus():
+                self._status_due = now
+        return []
+
+    def _open_round(self, instruction: ev.OpenRound, now: int) -> ev.RoundOpened:
+        base = self._newest()
+        card = self.card(base)
+        plan = make_plan(
+            instruction.settings,
+            number=instruction.number,
+            base=base,
+            dimension=card.parameters,
+            tiers=self.fleet.tiers,
+            now=now,
+            nonce=self._randomness(16),
+        )
+        message = self.sign(MessageKind.PLAN, plan, now=now, round=plan.round)
+        encoded = message.encode()
+        with self.store.transaction():
+            self.store.open_round(
+                RoundRecord(
+                    number=plan.round,
+                    plan_hash=message.head.hash,
+                    plan=encoded,
+                    base=base.version,
+                    awaited=instruction.awaited,
+                    opened=now,
+                    expires=plan.expires,
+                )
+            )
+            self.store.put_document(PLAN, encoded)
+            self.store.forget_exchanges(below=plan.round - self.config.storage.keep_rounds)
+        self._enter(plan, message.head.hash, card)
+        _log.info("round %d: opened, waiting for %s", plan.round, ", ".join(sorted(instruction.awaited)))
+        return ev.RoundOpened(plan=message.head.hash, expires=plan.expires)
+
+    def _enter(self, plan: Plan, plan_hash: Digest, card: ModelCard) -> None:
+        ring = ring_of(plan, card)
+        self.current = PlanInForce(plan=plan, hash=plan_hash, ring=ring)
+        self._sum = Accumulator(ring, capacity=plan.quorum.cohort_cap)
+
+    def _store_commit(self, instruction: ev.StoreCommit, now: int) -> ev.CommitStored:
+        assert self.current is not None
+        gateway = instruction.message.gateway
+        commit = Commit(
+            plan=self.current.hash,
+            gateway=gateway,
+            proposal=instruction.message.head,
+            members=b"".join(sorted(member.message_id for member in instruction.members)),
+            excluded={name: reason.value for name, reason in instruction.excluded.items()},
+        )
+        signed = self.sign(MessageKind.COMMIT, commit, now=now, round=self.current.plan.round)
+        for reason in instruction.excluded.values():
+            self.rejected.add(reason)
+        self.store.add_exchange(
+            ExchangeRecord(
+                round=self.current.plan.round,
+                gateway=gateway,
+                proposal_head=instruction.message.head,
+                proposal=self._proposal,
+                commit_head=signed.head.hash,
+                commit=signed.encode(),
+                members=instruction.members,
+                declined=instruction.declined,
+                rejected=instruction.rejected,
+                excluded=report.tally(reason.value for reason in instruction.excluded.values()),
+            )
+        )
+        _log.info(
+            "round %d: %s: %d committed, %d left out",
+            self.current.plan.round,
+            gateway,
+            len(instruction.members),
+            len(instruction.excluded),
+        )
+        return ev.CommitStored(gateway=gateway, commit=signed.head.hash)
+
+    def _store_reveal(self, message: ev.Named, now: int) -> None:
+        assert self.current is not None
+        assert self._partial is not None
+        assert self._sum is not None
+        words, partial = self._partial
+        receipt = Receipt(message_id=message.message_id, head=message.head)
+        signed = self.sign(MessageKind.RECEIPT, receipt, now=now, round=self.current.plan.round)
+        self.store.add_reveal(
+            round=self.current.plan.round,
+            gateway=message.gateway,
+            head=message.head,
+            words=words,
+            receipt=signed.encode(),
+        )
+        self._sum.merge(partial)
+        self._partial = None
+
+    def _store_abort(self, number: int, reason: str, now: int) -> None:
+        exchanges = self.store.exchanges(number)
+        record = replace(
+            self._round(number),
+            outcome=Outcome.ABORTED.value,
+            reason=reason,
+            closed=now,
+            report=report.round_report(exchanges, None, {}),
+        )
+        self._end_round(record, RoundEnd(round=number, plan=record.plan_hash, outcome=Outcome.ABORTED, reason=reason))
+        _log.warning("round %d: aborted: %s", number, reason)
+
+    def _end_round(self, record: RoundRecord, end: RoundEnd) -> None:
+        signed = self.sign(MessageKind.ROUND_END, end, now=record.closed, round=record.number)
+        with self.store.transaction():
+            self.store.update_round(record)
+            self.store.forget_words(record.number)
+            self.store.put_document(PLAN, signed.encode())
+        self._sum = None
+        self.finished_rounds += 1
+        self.history.append(report.history_row(record))
+
+    # --- The step -----------------------------------------------------------------------------------------------------
+
+    async def _take_step(self, number: int) -> None:
+        try:
+            await self._compute_and_store(number)
+        except BaseException as error:
+            if self.failed is not None and not self.failed.done() and isinstance(error, Exception):
+                self.failed.set_exception(error)
+                return
+            raise
+
+    async def _compute_and_store(self, number: int) -> None:
+        assert self.current is not None
+        assert self._sum is not None
+        plan, total = self.current.plan, self._sum.report()
+        base = self._newest()
+        card = self.card(base)
+        since = since_full(self.store.versions(limit=_NEWEST))
+        settings = StepConfig(optimizer=self.config.optimizer, clips=self.config.clips, patch=self.config.patch)
+
+        def compute() -> tuple[VersionRecord, report.MetaSum]:
+            assert base.file is not None
+            step = take_step(
+                total,
+                plan=plan,
+                base=self.blobs.get(base.file),
+                card=card,
+                state=ServerState() if base.state is None else ServerState.decode(self.blobs.get(base.state)),
+                clips=base.clips,
+                config=settings,
+            )
+            metrics = self._evaluate(step.patched.file, card) | report.meta_metrics(step.meta)
+            record = from_step(
+                step,
+                base=base,
+                blobs=self.blobs,
+                since=since,
+                full_every=self.config.storage.full_every,
+                metrics=metrics,
+            )
+            return record, step.meta
+
+        try:
+            made, meta = await asyncio.to_thread(compute)
+        except StepError as error:
+            self.handle(ev.StepFailed(str(error)))
+            return
+        self._depth += 1
+        try:
+            with self.store.transaction():
+                accuracy = self._store_step(number, made, meta)
+                self.handle(ev.StepStored(version=made.version, accuracy=accuracy))
+        finally:
+            self._depth -= 1
+        self.flush()
+        if made.version % _COLLECT_EVERY == 0:
+            self.store.forget_files(below=made.version + 1 - self.config.storage.keep_versions)
+            self.blobs.collect(self.store.references())
+
+    def _evaluate(self, file: bytes, card: ModelCard) -> dict[str, float]:
+        if self.evaluator is None:
+            return {}
+        try:
+            return self.evaluator.evaluate(file, card)
+        except ConfigError as error:
+            # The fleet's work is not to be lost because of the validation set.
+            _log.error("this version was not evaluated: %s", error)
+            return {}
+
+    def _store_step(self, number: int, made: VersionRecord, meta: report.MetaSum) -> float | None:
+        now = self.clock()
+        exchanges = self.store.exchanges(number)
+        members = [member for exchange in exchanges if exchange.reveal_head is not None for member in exchange.members]
+        before = self._round(number)
+        accuracy = made.metrics.get("accuracy", made.metrics.get("holdout_accuracy"))
+        record = replace(made, round=number, plan_hash=before.plan_hash, created=now)
+        self.add_version(record)
+        self.store.count_contributions(members, number)
+        self._end_round(
+            replace(
+                before,
+                outcome=Outcome.COMMITTED.value,
+                closed=now,
+                version=record.version,
+                participants=meta.count,
+                weight=meta.weight,
+                update_bytes=sum(member.size for member in members),
+                patch_bytes=0 if record.patch_ref is None else record.patch_ref.size,
+                accuracy=accuracy,
+                report=report.round_report(exchanges, meta, record.metrics),
+            ),
+            RoundEnd(round=number, plan=before.plan_hash, outcome=Outcome.COMMITTED, version=record.version),
+        )
+        shown = "not measured" if accuracy is None else f"{accuracy:.4f}"
+        _log.info("round %d: version %d of %d devices, accuracy %s", number, record.version, meta.count, shown)
+        return accuracy
+
+    # --- Versions -----------------------------------------------------------------------------------------------------
+
+    def add_version(self, record: VersionRecord) -> None:
+        """Store a version with its signed manifest; whoever calls publishes it (`events.ModelStored`)."""
+        with self.store.transaction():
+            self.store.add_version(record)
+            manifest = manifest_of(self.store.versions(limit=_NEWEST), available=self.blobs.has)
+            signed = self.sign(MessageKind.MANIFEST, manifest, now=record.created)
+            self.publisher.store_manifest(signed.encode())
+
+    def card(self, version: VersionRecord) -> ModelCard:
+        """A version's model card.
+
+        Raises:
+            StorageError: it is damaged.
+        """
+        if self._card is None or self._card[0] != version.card:
+            try:
+                self._card = (version.card, ModelCard.decode(self.blobs.get(version.card)))
+            except RemoteProtocolError as error:
+                raise StorageError(f"the stored model card is damaged: {error}") from error
+        return self._card[1]
+
+    def _publish_first_model(self) -> None:
+        model = self.config.model
+        if model is None or self.store.newest_version() is not None:
+            return
+        source = read_model(model.file, model.card_file)
+        metrics = {} if self.evaluator is None else self.evaluator.evaluate(source.file, source.card)
+        record = from_file(
+            source,
+            blobs=self.blobs,
+            version=1,
+            parent=0,
+            clips=self.config.clips,
+            metrics=metrics,
+            now=self.clock(),
+        )
+        self.add_version(record)
+
+    def _newest(self) -> VersionRecord:
+        newest = self.store.newest_version()
+        assert newest is not None
+        return newest
+
+    # --- Restoring ----------------------------------------------------------------------------------------------------
+
+    def _restore_revocations(self) -> None:
+        message = self.store.document(REVOCATIONS)
+        if message is not None:
+            head = parse_head(message)
+            raw = open_body(head.header, memoryview(message)[head.size :])
+            self.verifier.revoke(codec.decode(Revocations, raw, limit=len(raw)))
+
+    def _restore(self) -> CoordinatorMachine:
+        stored = self.store.document(_RUN)
+        run = Run(wish=Wish.NOTHING, settings=self.config.rounds)
+        if stored is not None:
+            try:
+                run = codec.decode(Run, stored, limit=len(stored))
+            except RemoteProtocolError as error:
+                raise StorageError(f"the stored run is damaged: {error}") from error
+        last = next(iter(self.store.rounds(limit=1)), None)
+        return CoordinatorMachine(
+            run=run,
+            has_model=self.store.newest_version() is not None,
+            last_round=0 if last is None else last.number,
+            made=self.store.made_since(run.first_round),
+            accuracy=self._last_accuracy(run.first_round),
+            round_=None if last is None or last.outcome else self._restore_round(last),
+        )
+
+    def _last_accuracy(self, first_round: int) -> float | None:
+        for record in self.store.rounds(limit=report.HISTORY):
+            if record.number >= first_round and record.version:
+                newest = self.store.newest_version()
+                return record.accuracy if newest is not None and newest.version == record.version else None
+        return None
+
+    def _restore_round(self, record: RoundRecord) -> Round:
+        base = self.store.version(record.base)
+        if base is None:
+            raise StorageError(f"round {record.number} starts from version {record.base}, which is not in the database")
+        head = parse_head(record.plan)
+        raw = open_body(head.header, memoryview(record.plan)[head.size :])
+        plan = codec.decode(Plan, raw, limit=len(raw))
+        self._enter(plan, head.hash, self.card(base))
+        assert self.current is not None
+        assert self._sum is not None
+        round_ = Round(
+            number=record.number,
+            plan=head.hash,
+            expires=record.expires,
+            minimum=plan.quorum.minimum,
+            cohort_cap=plan.quorum.cohort_cap,
+            awaited=record.awaited,
+        )
+        for each in self.store.exchanges(record.number):
+            round_.exchanges[each.gateway] = Exchange(
+                proposal=Digest(each.proposal_head),
+                members=len(each.members),
+                commit=Digest(each.commit_head),
+                reveal=None if each.reveal_head is None else Digest(each.reveal_head),
+            )
+            round_.holder |= {member.device: each.gateway for member in each.members}
+            if each.reveal_head is not None:
+                words = self.store.words(record.number, each.gateway)
+                self._sum.merge(decode_words(words, self.current.ring, count=len(each.members)))
+        _log.info("round %d: resumed with %d committed devices", record.number, round_.committed)
+        return round_
+
+    def _round(self, number: int) -> RoundRecord:
+        record = self.store.round(number)
+        assert record is not None
+        return record
+
+    def _exchange(self, gateway: str) -> ExchangeRecord:
+        assert self.current is not None
+        record = self.store.exchange(self.current.plan.round, gateway)
+        assert record is not None
+        return record
+
+    # --- Status -------------------------------------------------------------------------------------------------------
+
+    def publish_status(self) -> None:
+        """Publish what the coordinator is doing, retained."""
+        self._status_due = None
+        now = self.clock()
+        signed = self.sign(MessageKind.STATUS, self.status(), now=now)
+        self.send(Outgoing(topic=self.topics.broadcast(Broadcast.STATUS), payload=signed.encode(), retain=True))
+
+    def status(self) -> Status:
+        """What the coordinator is doing."""
+        machine = self.machine
+        newest = self.store.newest_version()
+        progress = self.fleet.progress(machine.last_round)
+        return Status(
+            state=machine.state.value,
+            round=machine.last_round,
+            version=0 if newest is None else newest.version,
+            accepted=progress.accepted,
+            expected=progress.expected,
+            deadline=machine.round.expires if machine.round is not None else 0,
+            history=tuple(self.history),
+        )
+
+    def settings(self) -> RoundSettings:
+        """The settings of the rounds that run, or would."""
+        return self.machine.run.settings
+
+    def state_file(self) -> Path:
+        """Where `status.json` is written."""
+        return self.config.state / "status.json"
