@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import logging
+import asyncio
 from pathlib import Path
 
 import click
 
 from fleetfed.cloud_coordinator.cli import output
 from fleetfed.cloud_coordinator.control_errors import CommandFailedError
+from fleetfed.shared.telemetry import LEVELS
 
 TEMPLATE = """\
 # Settings of the FleetFed coordinator. Relative paths begin at this file's folder. What is commented out shows the
@@ -111,12 +112,13 @@ def init(config: Path, identity: str, host: str, port: int, model: str, as_json:
 
 @coordinator.command(epilog=output.example("fleetfed coordinator run --config coordinator.toml"))
 @_config
-@click.option("--log-level", help="Instead of the file's.")
+@click.option("--log-level", type=click.Choice(LEVELS), help="Instead of the file's.")
 def run(config: Path, log_level: str | None) -> int:
     """Run the coordinator until SIGTERM or Ctrl-C; a later start goes on where it stopped."""
     from fleetfed.cloud_coordinator.config import CoordinatorConfig
-    from fleetfed.cloud_coordinator.service import run_coordinator
+    from fleetfed.cloud_coordinator.runtime import run_coordinator
+    from fleetfed.shared.telemetry import configure_logging
 
     settings = CoordinatorConfig.load(config)
-    logging.getLogger().setLevel((log_level or settings.log_level).upper())
-    return run_coordinator(settings)
+    configure_logging("coordinator", log_level or settings.log_level)
+    return asyncio.run(run_coordinator(settings))
