@@ -1,0 +1,295 @@
+"""What the gateway has promised, on disk: one SQLite file in WAL mode, one transaction and one fsync for many records.
+
+A record is made by one of the ``…_rows`` functions, which only build statements; `Journal.write` performs a batch of
+them in one transaction and returns when it is durable. It may run in another thread than the readers, who have a
+connection of their own. The bodies are here and nowhere else, so memory does not grow with the number
+of devices. A round's rows are deleted when it is over; of its updates only the receipts stay until the next one is.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+from fleetfed.gateway import events as ev
+from fleetfed.gateway.record import Accepted, Child, RoundRecord, Sent
+from fleetfed.gateway.state import Previous
+from fleetfed.shared.errors import RemoteProtocolError, StorageError
+from fleetfed.shared.wire import codec
+from fleetfed.shared.wire.envelope import Digest, MessageId, open_body, parse_head
+from fleetfed.shared.wire.messages import Commit, Plan, Proposal
+
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS updates (message_id BLOB PRIMARY KEY, device TEXT NOT NULL UNIQUE, serial TEXT NOT NULL,
+    hash BLOB NOT NULL, head BLOB NOT NULL, body BLOB NOT NULL, receipt BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS declines (device TEXT PRIMARY KEY, reason TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS children (gateway TEXT PRIMARY KEY, message_id BLOB NOT NULL, proposal BLOB NOT NULL,
+    receipt BLOB NOT NULL, reveal_id BLOB, reveal BLOB, reveal_receipt BLOB);
+CREATE TABLE IF NOT EXISTS previous (message_id BLOB PRIMARY KEY, device TEXT NOT NULL, hash BLOB NOT NULL,
+    receipt BLOB NOT NULL);
+"""
+_FORMAT: Final = 1
+_LAST: Final = ("last_round", "last_hash")
+
+Statement = tuple[str, tuple[object, ...]]
+Rows = list[Statement]
+T = TypeVar("T")
+
+_FACT: Final = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
+
+
+def round_rows(event: ev.StoreRound) -> Rows:
+    """A round begins."""
+    return [
+        *_clear(),
+        (_FACT, ("plan", event.raw)),
+        (_FACT, ("plan_hash", event.hash)),
+        (_FACT, ("last_round", str(event.round).encode())),
+        # Of the round before: only its receipts, which `forget_rows` has put aside.
+    ]
+
+
+def update_rows(event: ev.UpdateArrived, *, head: bytes, body: bytes | memoryview, receipt: bytes) -> Rows:
+    """An accepted update with the receipt that says so."""
+    values = (event.message_id, event.device, str(event.serial), event.head, head, body, receipt)
+    return [("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)", values)]
+
+
+def decline_rows(event: ev.StoreDecline) -> Rows:
+    """A device declined."""
+    return [("INSERT OR REPLACE INTO declines VALUES (?, ?)", (event.device, event.reason))]
+
+
+def child_proposal_rows(event: ev.ChildProposed, receipt: bytes) -> Rows:
+    """A gateway below proposed."""
+    values = (event.gateway, event.message_id, event.raw, receipt)
+    return [("INSERT INTO children (gateway, message_id, proposal, receipt) VALUES (?, ?, ?, ?)", values)]
+
+
+def child_reveal_rows(event: ev.ChildRevealed, receipt: bytes) -> Rows:
+    """A gateway below revealed."""
+    values = (event.message_id, event.raw, receipt, event.gateway)
+    return [("UPDATE children SET reveal_id = ?, reveal = ?, reveal_receipt = ? WHERE gateway = ?", values)]
+
+
+def fact_rows(name: str, value: bytes) -> Rows:
+    """An own message (``proposal``, ``reveal``), the ``commit``, or that all is ``answered``."""
+    return [(_FACT, (name, value))]
+
+
+def drop_rows(message_ids: Iterable[MessageId]) -> Rows:
+    """Updates that are void after all."""
+    return [("DELETE FROM updates WHERE message_id = ?", (message_id,)) for message_id in message_ids]
+
+
+def forget_rows(event: ev.ForgetRound) -> Rows:
+    """A round is over: only its number, its hash and its receipts stay."""
+    return [
+        ("DELETE FROM previous", ()),
+        ("INSERT INTO previous SELECT message_id, device, hash, receipt FROM updates", ()),
+        *_clear(),
+        (_FACT, ("last_round", str(event.round).encode())),
+        (_FACT, ("last_hash", event.hash)),
+    ]
+
+
+def _clear() -> Rows:
+    return [
+        ("DELETE FROM updates", ()),
+        ("DELETE FROM declines", ()),
+        ("DELETE FROM children", ()),
+        ("DELETE FROM facts WHERE name NOT IN (?, ?)", _LAST),
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """What the journal holds at start.
+
+    Attributes:
+        last_round: the highest round ever opened or ended.
+        previous: what the devices of the last round may still ask about.
+        record: the round that is on, if any.
+        plan: its message; empty for none.
+    """
+
+    last_round: int
+    previous: Previous
+    record: RoundRecord | None
+    plan: bytes
+
+
+class Journal:
+    """See the module.
+
+    Args:
+        path: the file; made where it is missing.
+
+    Raises:
+        StorageError: it is damaged or of a newer format.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        try:
+            self._writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._writer.execute("PRAGMA journal_mode = WAL")
+            # FULL: a commit returns after the log is on the disk, not merely handed to the system.
+            self._writer.execute("PRAGMA synchronous = FULL")
+            self._writer.execute("PRAGMA wal_autocheckpoint = 4000")
+            (check,) = self._writer.execute("PRAGMA quick_check(1)").fetchone()
+            (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+            if check != "ok" or version not in (0, _FORMAT):
+                raise StorageError(f"{path}: {check if check != 'ok' else f'format {version}, this is {_FORMAT}'}")
+            self._writer.executescript(_SCHEMA)
+            self._writer.execute(f"PRAGMA user_version = {_FORMAT}")
+            self._reader = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise StorageError(f"{path}: {error}; move it away to start without the round that it holds") from error
+
+    def close(self) -> None:
+        """Close both connections."""
+        self._reader.close()
+        self._writer.close()
+
+    def write(self, batch: Sequence[Statement]) -> None:
+        """Perform all statements in one transaction; on return they are durable.
+
+        Raises:
+            StorageError: the disk is full or broken; nothing of the batch is kept.
+        """
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                for statement, values in batch:
+                    self._writer.execute(statement, values)
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise StorageError(f"{self._path}: {error}") from error
+
+    def load(self) -> Stored:
+        """Everything but the bodies.
+
+        Raises:
+            StorageError: it does not parse.
+        """
+        try:
+            facts = dict(self._reader.execute("SELECT name, value FROM facts").fetchall())
+            rows = self._reader.execute("SELECT device, message_id, hash FROM previous").fetchall()
+            previous = Previous(
+                round=int(facts.get("last_round", b"0")),
+                hash=Digest(facts["last_hash"]) if "last_hash" in facts else None,
+                accepted={device: (MessageId(id_), Digest(hash_)) for device, id_, hash_ in rows},
+            )
+            record = self._record(facts) if "plan" in facts else None
+        except (sqlite3.Error, RemoteProtocolError, KeyError, ValueError) as error:
+            raise StorageError(f"{self._path}: {error}") from error
+        last_round = max(previous.round, record.plan.round if record else 0)
+        return Stored(last_round=last_round, previous=previous, record=record, plan=facts.get("plan", b""))
+
+    def _record(self, facts: dict[str, bytes]) -> RoundRecord:
+        plan = decode_stored(Plan, facts["plan"])
+        record = RoundRecord(plan=plan, hash=Digest(facts["plan_hash"]))
+        query = "SELECT device, message_id, hash, serial, length(head) + length(body) FROM updates"
+        for device, message_id, hash_, serial, size in self._reader.execute(query):
+            record.accepted[device] = Accepted(MessageId(message_id), Digest(hash_), int(serial), size)
+        record.declined = dict(self._reader.execute("SELECT device, reason FROM declines").fetchall())
+        query = "SELECT gateway, message_id, proposal, reveal_id FROM children"
+        for gateway, message_id, raw, reveal_id in self._reader.execute(query):
+            proposal = decode_stored(Proposal, raw)
+            members = frozenset(parse_head(head).header.message_id for head in proposal.heads)
+            record.children[gateway] = Child(
+                MessageId(message_id), members, proposal.declined, proposal.rejected, reveal_id
+            )
+        if "proposal" in facts:
+            record.proposal = _sent(facts["proposal"])
+        if "commit" in facts:
+            record.commit = commit_event(facts["commit"], decode_stored(Commit, facts["commit"]))
+            for gateway, child in record.children.items():
+                if child.reveal is not None:
+                    count = len(child.members & record.commit.members)
+                    record.children[gateway] = Child(
+                        child.proposal, child.members, child.declined, child.rejected, child.reveal, count
+                    )
+        if "reveal" in facts:
+            record.reveal = _sent(facts["reveal"])
+        record.answered = "answered" in facts
+        return record
+
+    def heads(self) -> dict[MessageId, bytes]:
+        """The heads of the stored updates."""
+        return {MessageId(id_): head for id_, head in self._reader.execute("SELECT message_id, head FROM updates")}
+
+    def child_proposals(self) -> dict[str, bytes]:
+        """The proposals of gateways below."""
+        return dict(self._reader.execute("SELECT gateway, proposal FROM children").fetchall())
+
+    def bodies(self, message_ids: Iterable[MessageId]) -> Iterator[bytes]:
+        """The bodies of stored updates, one at a time."""
+        for message_id in message_ids:
+            yield self._one("SELECT body FROM updates WHERE message_id = ?", message_id)
+
+    def reveals(self) -> Iterator[bytes]:
+        """The stored reveals of gateways below, one message at a time."""
+        names = self._reader.execute("SELECT gateway FROM children WHERE reveal IS NOT NULL").fetchall()
+        for (gateway,) in names:
+            yield self._one("SELECT reveal FROM children WHERE gateway = ?", gateway)
+
+    def fact(self, name: str) -> bytes | None:
+        """What `fact_rows` stored; None once the round is over."""
+        row = self._reader.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def receipt(self, message_id: MessageId) -> bytes | None:
+        """The receipt stored with a message of this round or the one before."""
+        queries = (
+            "SELECT receipt FROM updates WHERE message_id = ?",
+            "SELECT receipt FROM children WHERE message_id = ?",
+            "SELECT reveal_receipt FROM children WHERE reveal_id = ?",
+            "SELECT receipt FROM previous WHERE message_id = ?",
+        )
+        for query in queries:
+            row = self._reader.execute(query, (message_id,)).fetchone()
+            if row is not None:
+                return bytes(row[0])
+        return None
+
+    def _one(self, query: str, key: object) -> bytes:
+        row = self._reader.execute(query, (key,)).fetchone()
+        if row is None:
+            raise StorageError(f"{self._path}: a row is missing: {query}")
+        return bytes(row[0])
+
+
+def commit_event(raw: bytes, commit: Commit) -> ev.CommitArrived:
+    """A verified commit as the machine takes it."""
+    ids = (MessageId(commit.members[at : at + 16]) for at in range(0, len(commit.members), 16))
+    return ev.CommitArrived(
+        plan=commit.plan,
+        gateway=commit.gateway,
+        proposal=commit.proposal,
+        head=parse_head(raw).hash,
+        members=frozenset(ids),
+        raw=raw,
+    )
+
+
+def _sent(raw: bytes) -> Sent:
+    head = parse_head(raw)
+    return Sent(head.header.message_id, head.hash)
+
+
+def decode_stored(cls: type[T], raw: bytes) -> T:
+    """Decode a message that was verified before it was stored."""
+    head = parse_head(raw)
+    body = open_body(head.header, memoryview(raw)[head.size :])
+    return codec.decode(cls, body, limit=len(body))

@@ -1,0 +1,373 @@
+"""Performs the machine's instructions: disk, sum, signatures, messages."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from fleetfed.gateway import events as ev
+from fleetfed.gateway import journal as rows
+from fleetfed.gateway.journal import Journal, decode_stored
+from fleetfed.gateway.pipeline import Pipeline
+from fleetfed.gateway.record import RoundState
+from fleetfed.gateway.round import RoundMachine
+from fleetfed.gateway.state import GatewayMachine
+from fleetfed.gateway.summation import Summation
+from fleetfed.gateway.worker import Worker
+from fleetfed.shared.aggregate.accumulator import Partial
+from fleetfed.shared.aggregate.lanes import Values, Words
+from fleetfed.shared.errors import RejectReason, RemoteProtocolError, StorageError
+from fleetfed.shared.mqtt.errors import PublishRefusedError, SessionLostError
+from fleetfed.shared.telemetry import Counters
+from fleetfed.shared.trust.signer import Message, Signer
+from fleetfed.shared.wire import codec
+from fleetfed.shared.wire.chunks import split
+from fleetfed.shared.wire.envelope import Digest, MessageId, MessageKind, parse_head
+from fleetfed.shared.wire.messages import Proposal, Receipt
+from fleetfed.shared.wire.topics import Broadcast, Kind, SiteTopics, Verb
+
+_log = logging.getLogger(__name__)
+
+SMALL: Final = 1 << 18
+"""Values in a model up to which decoding and adding one update is done on the event loop: a few milliseconds."""
+_WINDOW: Final = 16
+"""Chunks of one message on their way to the broker."""
+
+
+class Publisher(Protocol):
+    """What is asked of a connection."""
+
+    async def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> None: ...  # noqa: D102
+
+
+@dataclass(slots=True)
+class Parcel:
+    """An update between its decoding and its place in journal and sum."""
+
+    head: bytes
+    body: memoryview
+    values: Values | None
+    meta: Words | None
+
+
+class Performer:
+    """See the module.
+
+    Args:
+        gateway: own id.
+        machine: whose instructions these are; it is fed what comes of them.
+        journal, pipeline, worker: disk and thread.
+        signer: signs in the gateway's name.
+        below, above: connections to the own site and upstream.
+        site, upstream: their topics.
+        counters: refusals by reason.
+        clock: unix milliseconds.
+        round_over: called when a round is over, with its number.
+    """
+
+    def __init__(
+        self,
+        *,
+        gateway: str,
+        machine: GatewayMachine,
+        journal: Journal,
+        pipeline: Pipeline,
+        worker: Worker,
+        signer: Signer,
+        below: Publisher,
+        above: Publisher,
+        site: SiteTopics,
+        upstream: SiteTopics,
+        counters: Counters,
+        clock: Callable[[], int],
+        round_over: Callable[[int], None],
+    ) -> None:
+        self._gateway = gateway
+        self._machine = machine
+        self._journal = journal
+        self._pipeline = pipeline
+        self._worker = worker
+        self._signer = signer
+        self._below, self._above = below, above
+        self._site, self._upstream = site, upstream
+        self._counters = counters
+        self._clock = clock
+        self._round_over = round_over
+        self._sum: Summation | None = None
+        # Heads that are queued for the disk: a proposal may be made before they are there.
+        self._fresh: dict[MessageId, bytes] = {}
+        self._fresh_proposals: dict[str, bytes] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.plan = b""
+        self.census = b""
+        self.accepted = 0
+
+    def feed(self, event: object) -> None:
+        """Hand an event to the machine and do what it wants."""
+        self.perform(self._machine.handle(event, self._clock()))
+
+    def perform(self, instructions: list[Any]) -> None:
+        """Do what the machine wants, in order."""
+        for instruction in instructions:
+            self._perform(instruction)
+
+    def restore(self, rnd: RoundMachine, plan: bytes) -> None:
+        """Build the sum of a round that the journal holds.
+
+        Raises:
+            StorageError: a stored update does not decode.
+        """
+        self.plan = plan
+        if rnd.state in (RoundState.REVEALED, RoundState.CLOSED):
+            return
+        self._sum = self._new_sum(rnd)
+        try:
+            self._sum.rebuild(self._journal.bodies(rnd.own_part()), self._journal.reveals())
+        except RemoteProtocolError as error:
+            raise StorageError(f"the journal holds an update that does not decode: {error}") from error
+
+    async def drain(self) -> None:
+        """Wait until what was to be sent has been sent or given up."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def count(self, what: str, reason: RejectReason, detail: str) -> None:
+        """Count and log a refusal."""
+        self._counters.add(str(reason))
+        _log.info("refused %s: %s%s", what, reason, f" ({detail})" if detail else "")
+
+    def send_receipt(
+        self, kind: Kind, member: str, message_id: MessageId, head: Digest, reason: RejectReason | None
+    ) -> None:
+        """Sign a receipt and send it once everything decided before is durable."""
+        receipt = self._receipt(message_id, head, reason)
+        topic = self._site.down(kind, member, Verb.RECEIPT)
+        self._pipeline.send(lambda: self.publish(self._below, topic, receipt))
+
+    def send_stored_receipt(self, kind: Kind, member: str, message_id: MessageId) -> None:
+        """Send the receipt that was stored with a message, byte for byte."""
+        self._pipeline.send(lambda: self._send_stored(kind, member, message_id))
+
+    def publish(self, side: Publisher, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """Publish in the background; what a lost connection loses is sent again by whoever waits for it."""
+        self._spawn(self._publish(side, topic, [payload], retain=retain))
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _publish(self, side: Publisher, topic: str, frames: list[bytes], *, retain: bool = False) -> None:
+        try:
+            for start in range(0, len(frames), _WINDOW):
+                window = frames[start : start + _WINDOW]
+                if len(window) == 1:
+                    await side.publish(topic, window[0], retain=retain)
+                    continue
+                results = await asyncio.gather(
+                    *(side.publish(topic, frame, retain=retain) for frame in window), return_exceptions=True
+                )
+                for result in results:
+                    if isinstance(result, BaseException):
+                        raise result
+        except SessionLostError:
+            _log.debug("not sent, no connection: %s", topic)
+        except PublishRefusedError as error:
+            _log.warning("the broker refuses: %s", error)
+
+    def _send_stored(self, kind: Kind, member: str, message_id: MessageId) -> None:
+        receipt = self._journal.receipt(message_id)
+        # None: the round was over in the meantime, and its journal with it.
+        if receipt is not None:
+            self.publish(self._below, self._site.down(kind, member, Verb.RECEIPT), receipt)
+
+    def _send_up(self, verb: Verb, fact: str) -> None:
+        raw = self._journal.fact(fact)
+        # None: the round was over in the meantime, and its journal with it.
+        if raw is None:
+            return
+        head = parse_head(raw).header
+        topic = self._upstream.up(Kind.GATEWAY, self._gateway, verb)
+        self._spawn(self._publish(self._above, topic, split(head.message_id, raw)))
+
+    def _send_commit(self, gateway: str) -> None:
+        raw = self._journal.fact("commit")
+        if raw is None:
+            return
+        topic = self._site.down(Kind.GATEWAY, gateway, Verb.COMMIT)
+        self._spawn(self._publish(self._below, topic, split(parse_head(raw).header.message_id, raw)))
+
+    def _receipt(self, message_id: MessageId, head: Digest, reason: RejectReason | None) -> bytes:
+        receipt = Receipt(message_id=message_id, head=head, reason=reason)
+        return self._sign(MessageKind.RECEIPT, receipt).encode()
+
+    def _sign(self, kind: MessageKind, body: object) -> Message:
+        rnd = self._machine.round
+        return self._signer.sign(kind, body, now=self._clock(), round=rnd.record.plan.round if rnd else 0)
+
+    def _new_sum(self, rnd: RoundMachine) -> Summation:
+        return Summation(rnd.ring, capacity=rnd.record.plan.quorum.cohort_cap)
+
+    def _small(self) -> bool:
+        return self._machine.round is None or self._machine.round.ring.layout.dimension <= SMALL
+
+    # --- Instructions --------------------------------------------------------------------------------------------
+
+    def _perform(self, instruction: Any) -> None:
+        match instruction:
+            case ev.StoreUpdate(update=update):
+                self._store_update(update)
+            case ev.SendStoredReceipt(kind=kind, member=member, message_id=message_id):
+                self.send_stored_receipt(kind, member, message_id)
+            case ev.SendReceipt(kind=kind, member=member, message_id=message_id, head=head, reason=reason):
+                self.send_receipt(kind, member, message_id, head, reason)
+            case ev.Refused(what=what, reason=reason, detail=detail):
+                self.count(what, reason, detail)
+            case ev.DiscardParcel(update=update):
+                update.parcel.values = update.parcel.meta = None
+            case ev.PublishPlan(raw):
+                self.plan = raw
+                topic = self._site.broadcast(Broadcast.PLAN)
+                self._pipeline.send(lambda: self.publish(self._below, topic, raw, retain=True))
+            case ev.PublishCensus(census):
+                self.census = self._sign(MessageKind.CENSUS, census).encode()
+                topic = self._upstream.up(Kind.GATEWAY, self._gateway, Verb.CENSUS)
+                self.publish(self._above, topic, self.census, retain=True)
+            case ev.RoundOver(round):
+                self._round_over(round)
+            case _:
+                self._perform_round(instruction)
+
+    def _perform_round(self, instruction: Any) -> None:
+        pipeline = self._pipeline
+        match instruction:
+            case ev.StoreRound():
+                rnd = self._machine.round
+                assert rnd is not None
+                self._sum = self._new_sum(rnd)
+                pipeline.store(rows.round_rows(instruction))
+            case ev.StoreDecline():
+                pipeline.store(rows.decline_rows(instruction))
+            case ev.MakeProposal(declined=declined, rejected=rejected):
+                self._make_proposal(declined, rejected)
+            case ev.StoreProposal(raw=raw):
+                pipeline.store(rows.fact_rows("proposal", raw))
+            case ev.SendProposal():
+                pipeline.send(lambda: self._send_up(Verb.PROPOSE, "proposal"))
+            case ev.StoreChildProposal(proposal=proposal):
+                receipt = self._receipt(proposal.message_id, proposal.head, None)
+                self._fresh_proposals[proposal.gateway] = proposal.raw
+                durable = functools.partial(self._fresh_proposals.pop, proposal.gateway, None)
+                pipeline.store(rows.child_proposal_rows(proposal, receipt), durable)
+            case ev.StoreCommit(raw=raw):
+                pipeline.store(rows.fact_rows("commit", raw))
+            case ev.SendCommit(gateway):
+                pipeline.send(lambda: self._send_commit(gateway))
+            case ev.DropUpdates(message_ids=ids, forget=forget):
+                # Only when they are on disk: the sum needs their bodies.
+                pipeline.send(lambda: self._drop(ids, forget))
+            case ev.StoreChildReveal(reveal=reveal):
+                self._store_child_reveal(reveal)
+            case ev.MakeReveal(commit=commit, count=count):
+                pipeline.send(lambda: self._make_reveal(commit, count))
+            case ev.StoreReveal(raw=raw):
+                pipeline.store(rows.fact_rows("reveal", raw))
+            case ev.SendReveal():
+                pipeline.send(lambda: self._send_up(Verb.REVEAL, "reveal"))
+            case ev.StoreAnswered():
+                self._sum = None
+                pipeline.store(rows.fact_rows("answered", b"\x01"))
+            case ev.ForgetRound():
+                self._sum = None
+                pipeline.store(rows.forget_rows(instruction))
+            case _:
+                raise AssertionError(f"nobody performs {instruction}")
+
+    def _store_update(self, update: ev.UpdateArrived) -> None:
+        parcel, total = update.parcel, self._sum
+        assert total is not None
+        values, meta = parcel.values, parcel.meta
+        receipt = self._receipt(update.message_id, update.head, None)
+        self.accepted += 1
+        self._fresh[update.message_id] = parcel.head
+        self._pipeline.store(
+            rows.update_rows(update, head=parcel.head, body=parcel.body, receipt=receipt),
+            functools.partial(self._fresh.pop, update.message_id, None),
+        )
+        self._worker.do(lambda: total.add(values, meta), _must_work, small=self._small())
+        parcel.values = parcel.meta = None
+
+    def _make_proposal(self, declined: dict[str, int], rejected: dict[str, int]) -> None:
+        rnd = self._machine.round
+        assert rnd is not None
+        stored = self._journal.heads() | self._fresh
+        own = sorted(update.message_id for update in rnd.record.accepted.values())
+        children = self._journal.child_proposals() | self._fresh_proposals
+        below = [head for _, raw in sorted(children.items()) for head in decode_stored(Proposal, raw).heads]
+        proposal = Proposal(
+            plan=rnd.record.hash,
+            heads=(*(stored[message_id] for message_id in own), *below),
+            declined=declined,
+            rejected=rejected,
+        )
+        message = self._sign(MessageKind.PROPOSE, proposal)
+        self.feed(ev.ProposalMade(message_id=message.id, head=message.head.hash, raw=message.encode()))
+
+    def _store_child_reveal(self, reveal: ev.ChildRevealed) -> None:
+        total, partial = self._sum, reveal.parcel
+        assert total is not None
+        assert isinstance(partial, Partial)
+        receipt = self._receipt(reveal.message_id, reveal.head, None)
+        self._pipeline.store(rows.child_reveal_rows(reveal, receipt))
+        self._worker.do(lambda: total.merge(partial), _must_work, small=self._small())
+
+    def _drop(self, ids: tuple[MessageId, ...], forget: bool) -> None:
+        total = self._sum
+        if total is None:
+            return
+
+        def drop() -> None:
+            try:
+                total.drop(self._journal.bodies(ids))
+            except StorageError:
+                # The round was over in the meantime, and its journal with it: nobody wants this sum.
+                if self._sum is total:
+                    raise
+
+        def dropped(result: Any) -> None:
+            _must_work(result)
+            if forget:
+                self._pipeline.store(rows.drop_rows(ids))
+
+        self._worker.do(drop, dropped, small=self._small())
+
+    def _make_reveal(self, commit: Digest, count: int) -> None:
+        rnd, total = self._machine.round, self._sum
+        if rnd is None or total is None or rnd.record.commit is None or rnd.record.commit.head != commit:
+            return
+        plan, number = rnd.record.hash, rnd.record.plan.round
+
+        def make() -> bytes:
+            assert total.count == count, f"{total.count} contributors in a sum of {count}"
+            return codec.encode(total.reveal(plan=plan, commit=commit))
+
+        def made(body: Any) -> None:
+            _must_work(body)
+            if self._sum is total:
+                self._sum = None
+            message = self._signer.sign_raw(
+                MessageKind.REVEAL, body, raw_size=len(body), compressed=False, now=self._clock(), round=number
+            )
+            self.feed(ev.RevealMade(plan=plan, commit=commit, message_id=message.id, raw=message.encode()))
+
+        self._worker.do(make, made, small=self._small())
+
+
+def _must_work(result: Any) -> None:
+    """What was checked before it was accepted cannot fail to be added."""
+    if isinstance(result, RemoteProtocolError):
+        raise StorageError(f"an accepted contribution does not add up: {result}")

@@ -1,0 +1,100 @@
+"""The facts of one round: what is durable about it, and where the gateway stands in it. No I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from fleetfed.gateway.events import CommitArrived
+from fleetfed.shared.wire.envelope import Digest, MessageId
+from fleetfed.shared.wire.messages import Plan
+
+
+class RoundState(StrEnum):
+    """Where the gateway's part of the round stands."""
+
+    OPEN = "open"
+    PROPOSED = "proposed"
+    COMMITTED = "committed"
+    REVEALED = "revealed"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """An update in the journal: its message, its head's hash, its certificate's serial, its bytes."""
+
+    message_id: MessageId
+    head: Digest
+    serial: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """What a gateway below said in this round."""
+
+    proposal: MessageId
+    members: frozenset[MessageId]
+    declined: dict[str, int] = field(default_factory=dict)
+    rejected: dict[str, int] = field(default_factory=dict)
+    reveal: MessageId | None = None
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """An own message that was stored and sent."""
+
+    message_id: MessageId
+    head: Digest
+
+
+@dataclass(slots=True, kw_only=True)
+class RoundRecord:
+    """Everything about a round that is durable; what `RoundMachine` is made from after a crash."""
+
+    plan: Plan
+    hash: Digest
+    accepted: dict[str, Accepted] = field(default_factory=dict)
+    declined: dict[str, str] = field(default_factory=dict)
+    children: dict[str, Child] = field(default_factory=dict)
+    proposal: Sent | None = None
+    commit: CommitArrived | None = None
+    reveal: Sent | None = None
+    answered: bool = False
+
+    def state(self) -> RoundState:
+        """The state that the durable facts amount to."""
+        if self.answered:
+            return RoundState.CLOSED
+        if self.reveal:
+            return RoundState.REVEALED
+        if self.commit:
+            return RoundState.COMMITTED
+        return RoundState.PROPOSED if self.proposal else RoundState.OPEN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where this gateway stands.
+
+    Attributes:
+        gateway: its id.
+        direct: whether the coordinator serves its upstream site.
+        level: 0 with devices alone below it.
+        settled: unix milliseconds before which presence is not complete, because the program has just started.
+        journal_limit: bytes that one round may take on disk.
+    """
+
+    gateway: str
+    direct: bool
+    level: int = 0
+    settled: int = 0
+    journal_limit: int = 1 << 30
+
+
+def close_time(plan: Plan, level: int) -> int:
+    """When a gateway of ``level`` closes at the latest: ``deadline`` at the leaves, later above, before ``expires``."""
+    step = (plan.expires - plan.deadline) / (plan.tiers + 1)
+    return min(plan.expires, plan.deadline + round(level * step))

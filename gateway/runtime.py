@@ -1,0 +1,387 @@
+"""The running gateway: connections, bytes into events, instructions into deeds.
+
+Two sites, one or two MQTT sessions: members below, the tier above. A connection has one last will, so where one session
+serves both, the will is the presence upstream (the coordinator must not wait for us), and the presence on the own site
+(``b/node``) is published without one: members there learn of a crash from our next birth, which has another session
+number, and send again whatever is unanswered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+
+from fleetfed.gateway import events as ev
+from fleetfed.gateway.config import GatewayConfig
+from fleetfed.gateway.inbound import Inbound
+from fleetfed.gateway.journal import Journal
+from fleetfed.gateway.perform import Performer
+from fleetfed.gateway.pipeline import Pipeline
+from fleetfed.gateway.record import Place
+from fleetfed.gateway.relay import Relay
+from fleetfed.gateway.state import GatewayMachine, make_ring
+from fleetfed.gateway.status import Status, write_status
+from fleetfed.gateway.worker import Worker
+from fleetfed.shared.clock import unix_ms
+from fleetfed.shared.errors import ConfigError, RemoteProtocolError, StorageError
+from fleetfed.shared.files import write_atomic
+from fleetfed.shared.machine import TimerFired
+from fleetfed.shared.mqtt.config import Will
+from fleetfed.shared.mqtt.session import Session
+from fleetfed.shared.telemetry import Counters
+from fleetfed.shared.trust.certificates import Role
+from fleetfed.shared.trust.identity import Identity
+from fleetfed.shared.trust.sequence import SequenceFile
+from fleetfed.shared.wire import codec
+from fleetfed.shared.wire.messages import Life, Need, Presence
+from fleetfed.shared.wire.topics import CLOUD_SITE, Broadcast, Kind, SiteTopics, Verb
+
+_log = logging.getLogger(__name__)
+
+_MIB: Final = 1 << 20
+_GOODBYE: Final = 2.0
+"""Seconds that a clean stop may take to say so."""
+
+_HEARD_BELOW: Final = (
+    (Kind.DEVICE, Verb.STATE),
+    (Kind.GATEWAY, Verb.STATE),
+    (Kind.GATEWAY, Verb.CENSUS),
+    (Kind.DEVICE, Verb.UPDATE),
+    (Kind.DEVICE, Verb.DECLINE),
+    (Kind.DEVICE, Verb.NEED),
+    (Kind.GATEWAY, Verb.NEED),
+    (Kind.GATEWAY, Verb.PROPOSE),
+    (Kind.GATEWAY, Verb.REVEAL),
+)
+"""Presence first: brokers deliver retained messages in the order of the subscriptions."""
+_HEARD_ABOVE: Final = (Broadcast.REVOKED, Broadcast.MODEL, Broadcast.PLAN, Broadcast.NODE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """A connection whose session may be made later than what uses it."""
+
+    session: Callable[[], Session]
+
+    async def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> None:
+        await self.session().publish(topic, payload, qos=qos, retain=retain)
+
+    async def subscribe(self, filters: list[str]) -> None:
+        await self.session().subscribe(filters)
+
+    async def unsubscribe(self, filters: list[str]) -> None:
+        await self.session().unsubscribe(filters)
+
+
+def software() -> str:
+    """Name and version of this program."""
+    try:
+        return f"fleetfed-gateway {version('fleetfed')}"
+    except PackageNotFoundError:
+        return "fleetfed-gateway"
+
+
+class Gateway:
+    """See the module. Create it on the event loop's thread; `run` it once.
+
+    Args:
+        config: the settings.
+        identity: who we are; its certificate names the site that we serve.
+
+    Raises:
+        ConfigError: the identity does not fit the settings.
+        StorageError: the state folder is damaged.
+    """
+
+    def __init__(self, config: GatewayConfig, identity: Identity) -> None:
+        certificate = identity.certificate
+        if certificate.role is not Role.GATEWAY or certificate.site == CLOUD_SITE:
+            raise ConfigError(f"{certificate.id} is no gateway's identity; issue one with role gateway and a site")
+        if certificate.site == config.upstream.site:
+            raise ConfigError(f"upstream.site: {certificate.site} is the site that this gateway serves itself")
+        self.config = config
+        self.id = certificate.id
+        self.site = SiteTopics(certificate.fleet, certificate.site)
+        self.upstream = SiteTopics(certificate.fleet, config.upstream.site)
+        self.counters = Counters()
+        self._life = secrets.randbits(62)
+        self._verifier = identity.verifier()
+        state = config.state
+        state.mkdir(parents=True, exist_ok=True)
+        self._signer = identity.signer(sequence=SequenceFile(state / "sequence"), randomness=secrets.token_bytes)
+        self._disk_thread = ThreadPoolExecutor(1, thread_name_prefix="gateway-journal")
+        self._work_thread = ThreadPoolExecutor(1, thread_name_prefix="gateway-work")
+        self._journal = Journal(state / "journal.db")
+        self._pipeline = Pipeline(self._journal, self._disk_thread)
+        self._worker = Worker(self._work_thread)
+        below, above = _Side(lambda: self._below), _Side(lambda: self._above)
+        stored = self._journal.load()
+        place = Place(
+            gateway=self.id,
+            direct=config.upstream.site == CLOUD_SITE,
+            settled=unix_ms() + round(1000 * config.limits.settle),
+            journal_limit=config.limits.journal_mib * _MIB,
+        )
+        self.machine = GatewayMachine(certificate.site, place, last_round=stored.last_round, previous=stored.previous)
+        self.performer = Performer(
+            gateway=self.id,
+            machine=self.machine,
+            journal=self._journal,
+            pipeline=self._pipeline,
+            worker=self._worker,
+            signer=self._signer,
+            below=below,
+            above=above,
+            site=self.site,
+            upstream=self.upstream,
+            counters=self.counters,
+            clock=unix_ms,
+            round_over=self._round_over,
+        )
+        self.relay = Relay(
+            state / "relay",
+            above=above,
+            below=below,
+            upstream=self.upstream,
+            site=self.site,
+            ask=self._ask,
+            served=self._fed,
+        )
+        self.inbound = Inbound(
+            verifier=self._verifier,
+            machine=self.machine,
+            performer=self.performer,
+            relay=self.relay,
+            worker=self._worker,
+            site=self.site,
+            upstream=self.upstream,
+            gateway=self.id,
+            counters=self.counters,
+            budget=config.limits.assembling_mib * _MIB,
+            fed=self._fed,
+            revoked=self._new_revocations,
+            reborn=self._upstream_reborn,
+            clock=unix_ms,
+        )
+        self._timer_changed = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._site_up = asyncio.Event()
+        self._revoked_raw = self.inbound.load_revocations(state / "revoked.bin")
+        self._make_sessions(identity)
+        self._restore(stored.plan)
+
+    def _restore(self, plan: bytes) -> None:
+        served = self.relay.served_now()
+        if served is not None:
+            self.machine.handle(served, unix_ms())
+        self.machine.handle(ev.Revoked(serials=frozenset(self._verifier.revocations.serials)), unix_ms())
+        stored = self._journal.load()
+        if stored.record is None:
+            return
+        if served is None:
+            raise StorageError(f"{self.config.state}: round {stored.last_round} is on and its model is not here")
+        try:
+            ring = make_ring(stored.record.plan, served.sizes)
+        except RemoteProtocolError as error:
+            raise StorageError(f"{self.config.state}: the round's plan does not fit the model: {error}") from error
+        rnd = self.machine.restore(stored.record, ring, unix_ms())
+        self.performer.restore(rnd, plan)
+        _log.info("round %d goes on (%s) with %d updates", rnd.record.plan.round, rnd.state, len(rnd.record.accepted))
+
+    def _make_sessions(self, identity: Identity) -> None:
+        config, folder = self.config, self.config.identity
+        below = [self.site.all_up(kind, verb) for kind, verb in _HEARD_BELOW]
+        above = [self.upstream.broadcast(what) for what in _HEARD_ABOVE]
+        above.append(self.upstream.all_down(Kind.GATEWAY, self.id))
+        lost = self._presence(Life.LOST, since=0)
+        will_above = Will(topic=self.upstream.up(Kind.GATEWAY, self.id, Verb.STATE), payload=lost)
+        will_below = Will(topic=self.site.broadcast(Broadcast.NODE), payload=lost)
+        connection = config.broker.connection(client_id=self.id, identity=folder)
+        if config.shared:
+            self._below = self._above = Session(
+                connection,
+                subscriptions=[*below, *above],
+                on_connect=self._on_both,
+                on_message=self._on_message,
+                on_disconnect=self._on_above_lost,
+                will=will_above,
+            )
+            return
+        assert config.upstream.broker is not None
+        self._below = Session(
+            connection, subscriptions=below, on_connect=self._on_below, on_message=self._on_message, will=will_below
+        )
+        self._above = Session(
+            config.upstream.broker.connection(client_id=self.id, identity=folder),
+            subscriptions=above,
+            on_connect=self._on_above,
+            on_message=self._on_message,
+            on_disconnect=self._on_above_lost,
+            will=will_above,
+        )
+
+    # --- Running -------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Ask `run` to end in good order."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Serve until `stop`.
+
+        Raises:
+            StorageError: the disk is full or broken.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._pipeline.run(), name="gateway-pipeline"),
+                    group.create_task(self._worker.run(), name="gateway-worker"),
+                    group.create_task(self._tick(), name="gateway-timer"),
+                    group.create_task(self.relay.run(), name="gateway-relay"),
+                    group.create_task(self._below.run(), name="gateway-below"),
+                ]
+                if self._above is not self._below:
+                    tasks.append(group.create_task(self._above.run(), name="gateway-above"))
+                self.performer.perform(self.machine.resume(unix_ms()))
+                self._timer_changed.set()
+                await self._stop.wait()
+                await self._goodbye()
+                for task in tasks:
+                    task.cancel()
+        finally:
+            await asyncio.get_running_loop().run_in_executor(None, self._close)
+
+    def _close(self) -> None:
+        self._work_thread.shutdown()
+        self._disk_thread.shutdown()
+        self._journal.close()
+        self._write_status()
+
+    async def _goodbye(self) -> None:
+        gone = self._presence(Life.DISCONNECTED, since=unix_ms())
+        try:
+            async with asyncio.timeout(_GOODBYE):
+                await asyncio.gather(
+                    self._above.publish(self.upstream.up(Kind.GATEWAY, self.id, Verb.STATE), gone, retain=True),
+                    self._below.publish(self.site.broadcast(Broadcast.NODE), gone, retain=True),
+                    return_exceptions=True,
+                )
+                await self.performer.drain()
+        except TimeoutError:
+            _log.warning("stopping without having said so: no connection")
+
+    async def _tick(self) -> None:
+        while True:
+            deadline = self.machine.next_deadline()
+            wait = None if deadline is None else max(0, deadline - unix_ms()) / 1000
+            try:
+                async with asyncio.timeout(wait):
+                    await self._timer_changed.wait()
+                    self._timer_changed.clear()
+            except TimeoutError:
+                self.performer.feed(TimerFired())
+
+    def _fed(self, event: object) -> None:
+        """Hand an event to the machine; its next deadline may be another."""
+        self.performer.feed(event)
+        self._timer_changed.set()
+
+    # --- Connections ---------------------------------------------------------------------------------------------
+
+    def _presence(self, life: Life, *, since: int) -> bytes:
+        return codec.encode(Presence(life=life, session=self._life, since=since, software=software()))
+
+    async def _on_below(self, session_present: bool) -> None:
+        first = not self._site_up.is_set()
+        if first or not session_present:
+            # The broker may have lost what it retained for us, or a process before us has left something else.
+            self.relay.republish()
+            for what, raw in ((Broadcast.REVOKED, self._revoked_raw), (Broadcast.PLAN, self.performer.plan)):
+                if raw:
+                    await self._below.publish(self.site.broadcast(what), raw, retain=True)
+        else:
+            self.relay.resume()
+        birth = self._presence(Life.READY, since=unix_ms())
+        await self._below.publish(self.site.broadcast(Broadcast.NODE), birth, retain=True)
+        self._site_up.set()
+
+    async def _on_above(self, session_present: bool) -> None:
+        # Ready means: can serve. Nobody need wait for a gateway that does not reach its own site.
+        await self._site_up.wait()
+        birth = self._presence(Life.READY, since=unix_ms())
+        await self._above.publish(self.upstream.up(Kind.GATEWAY, self.id, Verb.STATE), birth, retain=True)
+        self.relay.reconnected()
+        self._fed(ev.UpstreamConnected())
+
+    async def _on_both(self, session_present: bool) -> None:
+        await self._on_below(session_present)
+        await self._on_above(session_present)
+
+    async def _on_above_lost(self, reason: str) -> None:
+        self._fed(ev.UpstreamLost())
+
+    async def _on_message(self, topic: str, payload: bytes, retained: bool) -> None:
+        self.inbound.receive(topic, payload)
+        self._timer_changed.set()
+
+    def _upstream_reborn(self) -> None:
+        """The node above started anew, or its connection did: it may have missed what we said."""
+        if self._above.connected:
+            self._fed(ev.UpstreamConnected())
+
+    async def _ask(self, need: Need) -> None:
+        topic = self.upstream.up(Kind.GATEWAY, self.id, Verb.NEED)
+        await self._above.publish(topic, codec.encode(need))
+
+    def _new_revocations(self, raw: bytes) -> None:
+        write_atomic(self.config.state / "revoked.bin", raw)
+        self._revoked_raw = raw
+        self.performer.publish(self._below, self.site.broadcast(Broadcast.REVOKED), raw, retain=True)
+        self._fed(ev.Revoked(serials=frozenset(self._verifier.revocations.serials)))
+
+    # --- Status --------------------------------------------------------------------------------------------------
+
+    def _round_over(self, round: int) -> None:
+        self.inbound.round_over()
+        _log.info("round %d is over", round)
+        task = asyncio.get_running_loop().run_in_executor(self._disk_thread, self._write_status)
+        task.add_done_callback(_log_failure)
+
+    def status(self) -> Status:
+        """What the gateway is doing."""
+        manifest, rnd = self.relay.manifest, self.machine.round
+        return Status(
+            id=self.id,
+            site=self.site.site,
+            software=software(),
+            model_version=manifest.version if manifest else 0,
+            model_sha256=manifest.sha256.hex() if manifest else "",
+            shared_connection=self._below is self._above,
+            wire_site=self._below.meter.snapshot(),
+            wire_upstream=self._above.meter.snapshot(),
+            rejected=self.counters.snapshot(),
+            accepted=self.performer.accepted,
+            round=rnd.record.plan.round if rnd else self.machine.last_round,
+            round_state=str(rnd.state) if rnd else str(self.machine.state),
+            answered=rnd.answered if rnd else 0,
+            expected=len(rnd.expected) if rnd else 0,
+            level=self.machine.members.level,
+            journal_commits=self._pipeline.commits,
+            updated=unix_ms(),
+        )
+
+    def _write_status(self) -> None:
+        write_status(self.config.state, self.status())
+
+
+def _log_failure(task: asyncio.Future[None]) -> None:
+    error = task.exception() if not task.cancelled() else None
+    if error is not None:
+        _log.warning("status.json: %s", error)
