@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import click
@@ -14,6 +13,7 @@ from fleetfed.cloud_coordinator.cli import output
 from fleetfed.cloud_coordinator.inventory import inventory_of
 from fleetfed.cloud_coordinator.keyring import Keyring
 from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.telemetry import configure_logging
 
 
 @click.group(epilog=output.example("fleetfed broker run --config broker.toml"))
@@ -32,7 +32,7 @@ def run(config: Path) -> int:
     """
     from fleetfed.broker.service import run_broker
 
-    logging.getLogger().setLevel(logging.INFO)
+    configure_logging("broker")
     return run_broker(load_config(config))
 
 

@@ -30,7 +30,7 @@ file = "{model}"               # its card stands beside it with the suffix .card
 
 # What every version is evaluated on; without it the devices' own held-out examples count.
 # [validation]
-# file = "validation.npz"
+# path = "validation.npz"
 
 [rounds]
 rounds = 20                    # versions to make; 0 for no limit

@@ -182,7 +182,7 @@ def write_roles(folder: Folder, topology: Topology, settings: Settings, *, port:
         **settings.tables,
     }
     if settings.validation is not None:
-        coordinator["validation"] = {"file": str(settings.validation.absolute())}
+        coordinator["validation"] = {"path": str(settings.validation.absolute())}
     _write(folder, COORDINATOR, coordinator)
     for gateway in topology.gateways:
         _write(folder, gateway.id, _gateway(gateway, identities, broker, settings))

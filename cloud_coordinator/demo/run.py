@@ -116,7 +116,7 @@ async def run_demo(options: Options, screen: Screen, show: Callable[[Report], No
             screen.say(f"{count} processes are running; logs in {_relative(folder.logs)}")
             rounds = await _watch(fleet, port, screen, options)
             setup = rounds[0].opened / 1000 - time.time() + time.monotonic() - began
-            await _catch_up(fleet)
+            await _catch_up(fleet, max(each.version for each in rounds))
             screen.close()
 
             def finish() -> Report:
@@ -281,13 +281,13 @@ def _doing(status: Status, options: Options) -> str:
     return f"round {status.round} of {options.rounds}: {status.state}"
 
 
-async def _catch_up(fleet: Fleet) -> None:
-    """Wait until every device has written that it holds the coordinator's model."""
+async def _catch_up(fleet: Fleet, version: int) -> None:
+    """Wait until every device has written that it holds the last version, and it is the coordinator's file."""
     deadline = time.monotonic() + _CATCH_UP
     while time.monotonic() < deadline:
-        wanted = fleet.folder.status(COORDINATOR).get("model_sha256")
+        ours = fleet.folder.status(COORDINATOR)
         held = [status.get("model_sha256") for status in fleet.statuses("devices").values()]
-        if wanted and all(digest == wanted for digest in held):
+        if ours.get("model_version") == version and all(digest == ours["model_sha256"] for digest in held):
             return
         # Processes tell each other through files here: there is no event to wait for.
         await asyncio.sleep(0.05)
