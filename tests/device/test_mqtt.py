@@ -254,6 +254,7 @@ def test_will_is_sent_after_a_cut_and_the_last_word_after_close(any_broker: Runn
         one.get(Connected)
         one.session.close(b"gone")
         assert watcher.collect(1) == [b"gone"]
+        wait_until(lambda: proxy.idle)
     watcher.session.publish("state/d-9", b"marker")
     assert watcher.collect(1) == [b"marker"]
 
@@ -313,6 +314,7 @@ def test_meter_sees_what_a_counting_proxy_saw(any_broker: RunningBroker, device:
         one.session.publish("work", bytes(1000))
         one.collect(1)
         one.session.close()
+        wait_until(lambda: proxy.idle)
         count = one.session.meter.snapshot()
     assert one.session.meter.payload().received == 126_010
     assert abs(count.sent - proxy.sent) <= 200

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetfed.shared.mqtt.backoff import FIRST, STABLE, Backoff
 
 
+@settings(deadline=None)
 @given(st.integers(), st.floats(0.0, 3600.0), st.integers(1, 100))
 def test_delays_stay_below_a_bound_that_only_grows(seed: int, cap: float, attempts: int) -> None:
     backoff = Backoff(random.Random(seed), cap=cap)

@@ -310,6 +310,7 @@ async def test_will_is_sent_after_a_cut_and_not_after_a_goodbye(any_broker: Runn
         assert watcher.messages == [("state/d-1", b"lost", False)]
         await one.until(lambda: len(one.connects) == 2)
         await one.stop()
+        await eventually(lambda: proxy.idle)
     await watcher.session.publish("state/d-9", b"marker")
     await watcher.until(lambda: b"marker" in watcher.payloads)
     assert watcher.payloads == [b"lost", b"marker"]
@@ -391,6 +392,7 @@ async def test_meter_sees_what_a_counting_proxy_saw(any_broker: RunningBroker, p
         await one.session.publish("work", bytes(1000))
         await one.until(lambda: len(one.messages) == 4)
         await one.stop()
+        await eventually(lambda: proxy.idle)
         count = one.session.meter.snapshot()
     assert one.session.meter.payload().sent == one.session.meter.payload().received == 126_010
     # The last confirmation may have been on its way when the line was cut, and a FIN counts as a byte.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 import threading
@@ -30,7 +31,7 @@ def echo() -> Iterator[int]:
                 client, _ = listener.accept()
             except OSError:
                 return
-            with client:
+            with client, contextlib.suppress(ConnectionError):
                 while data := client.recv(65536):
                     client.sendall(data)
 

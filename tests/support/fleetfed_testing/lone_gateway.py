@@ -73,9 +73,7 @@ class Authority:
             public_key=key.public,
         )
         encoded = certificates.issue(certificate, self.key)
-        return Identity(
-            key=key, certificate=certificate, encoded_certificate=encoded, authority_key=self.key.public
-        )
+        return Identity(key=key, certificate=certificate, encoded_certificate=encoded, authority_key=self.key.public)
 
 
 def signer_of(identity: Identity) -> Signer:

@@ -28,6 +28,12 @@ class _Server:
     def serve(self, client: socket.socket) -> None:
         raise NotImplementedError
 
+    @property
+    def idle(self) -> bool:
+        """Whether every connection has ended and all that was said on it was passed on."""
+        with self._lock:
+            return not self._open
+
     def cut(self) -> None:
         """Reset every connection, as a lost radio or a killed process does."""
         with self._lock:

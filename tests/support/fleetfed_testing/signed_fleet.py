@@ -1,0 +1,310 @@
+"""A fleet that signs for real, without files: identities, a small model, and every message that a tier may say."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import secrets
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fleetfed.shared.aggregate.accumulator import Ring
+from fleetfed.shared.aggregate.body import encode_body
+from fleetfed.shared.aggregate.lanes import levels
+from fleetfed.shared.aggregate.meta import Contribution
+from fleetfed.shared.model.card import Initializer, InitializerKind, ModelCard
+from fleetfed.shared.model.table import TensorSlot, WeightTable
+from fleetfed.shared.trust.certificates import Certificate, Role, issue
+from fleetfed.shared.trust.identity import Identity
+from fleetfed.shared.trust.keys import SigningKey
+from fleetfed.shared.trust.signer import Message, Signer
+from fleetfed.shared.wire.blobs import Publishable, publishable
+from fleetfed.shared.wire.envelope import Digest, MessageKind
+from fleetfed.shared.wire.messages import (
+    Commit,
+    Decline,
+    DeclineReason,
+    Eligibility,
+    Manifest,
+    Mode,
+    Outcome,
+    Plan,
+    Proposal,
+    Quantization,
+    Quorum,
+    Receipt,
+    Reveal,
+    Revocations,
+    RoundEnd,
+)
+from fleetfed.shared.wire.update import UpdateExtension
+
+YEAR = 366 * 86_400_000
+T0 = 1_800_000_000_000
+"""When the fleet's certificates begin, less a year; tests that fake the clock begin here."""
+
+
+@dataclass
+class SignedFleet:
+    """An authority and whoever it certified.
+
+    Attributes:
+        name: the fleet's name.
+        now: what messages are dated with; tests move it.
+        sizes: values per tensor of the model.
+        bits, cohort: of every plan, unless told otherwise.
+    """
+
+    name: str = "demo"
+    now: int = T0
+    sizes: tuple[int, ...] = (6, 4)
+    bits: int = 8
+    lane_bits: int = 32
+    cohort: int = 100
+    authority: SigningKey = field(default_factory=SigningKey.generate)
+    _identities: dict[str, Identity] = field(default_factory=dict)
+    _signers: dict[str, Signer] = field(default_factory=dict)
+    _serials: Any = field(default_factory=lambda: itertools.count(1))
+
+    def identity(self, name: str, role: Role, site: str) -> Identity:
+        """The identity of a member; the same for the same name."""
+        if name not in self._identities:
+            key = SigningKey.generate()
+            certificate = Certificate(
+                serial=next(self._serials),
+                role=role,
+                fleet=self.name,
+                id=name,
+                site=site,
+                not_before=T0 - 10 * YEAR,
+                not_after=T0 + 10 * YEAR,
+                public_key=key.public,
+            )
+            self._identities[name] = Identity(
+                key=key,
+                certificate=certificate,
+                encoded_certificate=issue(certificate, self.authority),
+                authority_key=self.authority.public,
+            )
+        return self._identities[name]
+
+    def signer(self, name: str, role: Role = Role.DEVICE, site: str = "north") -> Signer:
+        """Signs as that member."""
+        if name not in self._signers:
+            counter = itertools.count(1)
+            self._signers[name] = self.identity(name, role, site).signer(
+                sequence=lambda: next(counter), randomness=secrets.token_bytes
+            )
+        return self._signers[name]
+
+    @property
+    def coordinator(self) -> Signer:
+        """Signs as the coordinator."""
+        return self.signer("c-main", Role.COORDINATOR, "_")
+
+    @property
+    def ring(self) -> Ring:
+        """The arithmetic of `plan`."""
+        return Ring.of(self.sizes, bits=self.bits, lane_bits=self.lane_bits, weight_cap=100)
+
+    # --- The model -----------------------------------------------------------------------------------------------
+
+    def file(self, version: int) -> bytes:
+        """A model file of that version: weights behind a header."""
+        rng = np.random.default_rng(version)
+        return b"\0\0\0\0TFL3" + bytes(8) + rng.normal(size=sum(self.sizes)).astype("<f4").tobytes()
+
+    def card(self) -> ModelCard:
+        """The card of every version."""
+        offset, slots = 16, []
+        for index, size in enumerate(self.sizes):
+            slots.append(TensorSlot(name=f"t{index}", shape=(size,), dtype="float32", offset=offset))
+            offset += 4 * size
+        return ModelCard(
+            name="small",
+            builder="test",
+            file_bytes=offset,
+            input_shape=(2,),
+            classes=2,
+            softmax=True,
+            batch=1,
+            tensors=tuple(slots),
+            initializers=(Initializer(kind=InitializerKind.ZEROS, fan_in=1, fan_out=1),) * len(slots),
+            layout=WeightTable(tensors=tuple(slots)).layout_hash(),
+        )
+
+    def model(self, version: int) -> tuple[Manifest, list[Publishable]]:
+        """A manifest and the objects that it names."""
+        file = self.file(version)
+        card, full = publishable(self.card().encode()), publishable(file, chunk=32)
+        manifest = Manifest(
+            version=version,
+            parent=version - 1,
+            name="small",
+            sha256=hashlib.sha256(file).digest(),
+            size=len(file),
+            card=card.ref,
+            full=full.ref,
+            full_version=version,
+            full_sha256=hashlib.sha256(file).digest(),
+            created=self.now,
+        )
+        return manifest, [card, full]
+
+    def manifest(self, version: int) -> bytes:
+        """The signed manifest."""
+        return self.coordinator.sign(MessageKind.MANIFEST, self.model(version)[0], now=self.now).encode()
+
+    # --- The coordinator -----------------------------------------------------------------------------------------
+
+    def plan(self, round: int = 1, **changes: Any) -> tuple[Plan, Message]:
+        """A plan that opens now, closes in a minute and expires in two."""
+        version = changes.pop("model_version", 1)
+        quorum = Quorum(fraction=changes.pop("quorum", 1.0), minimum=1, cohort_cap=changes.pop("cohort", self.cohort))
+        plan = Plan(
+            round=round,
+            model_version=version,
+            model_sha256=self.model(version)[0].sha256,
+            dimension=sum(self.sizes),
+            quantization=Quantization(
+                bits=self.bits, lane_bits=self.lane_bits, clips=(1.0,) * len(self.sizes), weight_cap=100
+            ),
+            eligibility=Eligibility(fraction=changes.pop("fraction", 1.0)),
+            quorum=quorum,
+            mode=Mode.PLAIN,
+            tiers=changes.pop("tiers", 1),
+            opened=self.now,
+            deadline=self.now + changes.pop("deadline", 60_000),
+            expires=self.now + changes.pop("expires", 120_000),
+            nonce=round.to_bytes(16, "big"),
+        )
+        plan = replace(plan, **changes)
+        return plan, self.coordinator.sign(MessageKind.PLAN, plan, now=self.now, round=round)
+
+    def end(self, round: int, plan: bytes) -> bytes:
+        """The signed end of a round."""
+        body = RoundEnd(round=round, plan=plan, outcome=Outcome.COMMITTED, version=round + 1)
+        return self.coordinator.sign(MessageKind.ROUND_END, body, now=self.now, round=round).encode()
+
+    def commit(self, plan: bytes, proposal: bytes, members: list[bytes], *, gateway: str, round: int = 1) -> Message:
+        """The signed final set."""
+        body = Commit(plan=plan, gateway=gateway, proposal=proposal, members=b"".join(sorted(members)))
+        return self.coordinator.sign(MessageKind.COMMIT, body, now=self.now, round=round)
+
+    def receipt(self, message: Any, *, signer: Signer | None = None, reason: Any = None) -> bytes:
+        """The coordinator's receipt for a message with this head."""
+        body = Receipt(message_id=message.header.message_id, head=message.hash, reason=reason)
+        return (signer or self.coordinator).sign(MessageKind.RECEIPT, body, now=self.now).encode()
+
+    def revocations(self, version: int, serials: tuple[int, ...]) -> bytes:
+        """The authority's signed list."""
+        if "authority" not in self._signers:
+            certificate = Certificate(
+                serial=10**6,
+                role=Role.AUTHORITY,
+                fleet=self.name,
+                id="authority",
+                site="_",
+                not_before=T0 - 10 * YEAR,
+                not_after=T0 + 10 * YEAR,
+                public_key=self.authority.public,
+            )
+            counter = itertools.count(1)
+            self._signers["authority"] = Signer(
+                self.authority,
+                certificate,
+                issue(certificate, self.authority),
+                sequence=lambda: next(counter),
+                randomness=secrets.token_bytes,
+            )
+        body = Revocations(version=version, serials=serials)
+        return self._signers["authority"].sign(MessageKind.REVOCATIONS, body, now=self.now).encode()
+
+    # --- Devices -------------------------------------------------------------------------------------------------
+
+    def values(self, number: int) -> Any:
+        """One device's integers: one place of its own, so that counting it twice shows as a 2."""
+        values = np.zeros(sum(self.sizes), dtype=np.int8)
+        values[number % values.size] = 1 + number // values.size % levels(self.bits)
+        return values
+
+    def body(self, values: Any, *, weight: int = 10, limit: int | None = None) -> bytes:
+        """An update's body."""
+        tensors = len(self.sizes)
+        meta = self.ring.meta.encode(
+            Contribution(
+                weight=weight,
+                examples=weight,
+                training_loss=0.5,
+                clipped=(0,) * tensors,
+                log2_rms=(-3.0,) * tensors,
+            )
+        )
+        return encode_body(values, meta, limit=limit or levels(self.bits))
+
+    def extension(self, plan: Plan, hash: Digest, **changes: Any) -> bytes:
+        """An update's extension."""
+        extension = UpdateExtension(
+            bits=plan.quantization.bits,
+            lane_bits=plan.quantization.lane_bits,
+            dimension=plan.dimension,
+            meta_words=self.ring.meta.words,
+            plan=hash,
+            model_sha256=plan.model_sha256,
+        )
+        return replace(extension, **changes).encode()
+
+    def update(
+        self,
+        device: str,
+        plan: Plan,
+        hash: Digest,
+        *,
+        number: int = 0,
+        site: str = "north",
+        body: bytes | None = None,
+        round: int | None = None,
+        raw_size: int | None = None,
+        compressed: bool = False,
+        lifetime: int = 120_000,
+        **extension: Any,
+    ) -> Message:
+        """A signed update."""
+        body = self.body(self.values(number)) if body is None else body
+        return self.signer(device, Role.DEVICE, site).sign_raw(
+            MessageKind.UPDATE,
+            body,
+            raw_size=len(body) if raw_size is None else raw_size,
+            compressed=compressed,
+            now=self.now,
+            round=plan.round if round is None else round,
+            lifetime=lifetime,
+            extension=self.extension(plan, hash, **extension),
+        )
+
+    def decline(self, device: str, plan: Plan, hash: Digest) -> Message:
+        """A signed decline."""
+        body = Decline(plan=hash, reason=DeclineReason.TOO_FEW_EXAMPLES)
+        return self.signer(device).sign(MessageKind.DECLINE, body, now=self.now, round=plan.round)
+
+    # --- Gateways below ------------------------------------------------------------------------------------------
+
+    def proposal(self, gateway: str, plan: Plan, hash: Digest, updates: list[Message], *, site: str) -> Message:
+        """A child's signed proposal."""
+        body = Proposal(plan=hash, heads=tuple(update.head.encode() for update in updates))
+        return self.signer(gateway, Role.GATEWAY, site).sign(
+            MessageKind.PROPOSE, body, now=self.now, round=plan.round
+        )
+
+    def reveal(self, gateway: str, plan: Plan, reveal: Reveal, *, site: str) -> Message:
+        """A child's signed reveal."""
+        return self.signer(gateway, Role.GATEWAY, site).sign(MessageKind.REVEAL, reveal, now=self.now, round=plan.round)
+
+
+def save_identity(identity: Identity, folder: Path) -> Path:
+    """Write an identity folder, without TLS files."""
+    identity.save(folder)
+    return folder
