@@ -9,6 +9,7 @@ import ctypes
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +18,9 @@ _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
 _OWN_PAGES_FROM: Final = 128 * 1024
 _MADV_DONTNEED: Final = 4
+
+WORTH_TRIMMING: Final = 250_000
+"""Parameters from which a model's training is so large that it is worth the 20 ms that `trim` takes."""
 
 
 def _libc(function: str) -> Any:
@@ -54,30 +58,42 @@ def trim() -> None:
     release_clean_pages()
 
 
+_clean: set[str] = set()
+"""Lines of ``/proc/self/maps`` whose pages nobody has written to, nor can."""
+
+
 def release_clean_pages() -> None:
     """Drop the resident pages of program code and of read-only shared file mappings; they come back on demand."""
-    if not sys.platform.startswith("linux"):
-        return
     madvise = _libc("madvise")
+    if madvise is None or not sys.platform.startswith("linux"):
+        return
     try:
-        smaps = Path("/proc/self/smaps").read_text()
+        candidates = [line for line in Path("/proc/self/maps").read_text().splitlines() if _is_code_or_file(line)]
+        if not _clean.issuperset(candidates):
+            _clean.clear()
+            _clean.update(_without_own_pages(Path("/proc/self/smaps").read_text()))
     except OSError:
         return
-    if madvise is None:
-        return
-    start = end = 0
-    wanted = False
+    for line in candidates:
+        if line in _clean:
+            start, end = (int(bound, 16) for bound in line.split(" ", 1)[0].split("-"))
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+
+
+def _is_code_or_file(line: str) -> bool:
+    """Code (r-xp), and files that are only read (r--s): the model, while the runtime maps it."""
+    return line.partition(" ")[2].startswith(("r-xp", "r--s")) and "/" in line
+
+
+def _without_own_pages(smaps: str) -> Iterator[str]:
+    """The mappings of which every page is a copy of its file: a page that was written to exists nowhere else."""
+    mapping = ""
     for line in smaps.splitlines():
-        first, _, rest = line.partition(" ")
-        if not first.endswith(":"):
-            start, end = (int(bound, 16) for bound in first.split("-"))
-            # Code (r-xp), and files that are only read (r--s): the model, while the runtime maps it.
-            wanted = rest.startswith(("r-xp", "r--s")) and "/" in rest
-        elif first == "Anonymous:" and wanted:
-            # A page that was written to exists nowhere else: such a mapping is left alone.
-            if int(rest.split()[0]) == 0:
-                madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
-            wanted = False
+        key, _, value = line.partition(" ")
+        if not key.endswith(":"):
+            mapping = line
+        elif key == "Anonymous:" and int(value.split()[0]) == 0 and _is_code_or_file(mapping):
+            yield mapping
 
 
 def peak_mb() -> float:

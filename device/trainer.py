@@ -154,7 +154,7 @@ class TfliteTrainer:
         except ConfigError as error:
             raise TrainingDeclinedError(DeclineReason.TRAINING_FAILED, str(error)) from error
         finally:
-            memory.trim()
+            _trim(task.card)
 
     def _load(self, card: ModelCard) -> tuple[Dataset, Dataset]:
         settings = self._settings.data
@@ -170,11 +170,11 @@ class TfliteTrainer:
 
     def _train(self, task: Task, training: Dataset, holdout: Dataset) -> Trained:
         # One interpreter at a time, and each with one purpose: it keeps memory for everything that it ever ran.
-        memory.trim()
+        _trim(task.card)
         before = self._evaluate(task, holdout, None)
         steps = _Steps()
         delta = self._descend(task, training, steps)
-        memory.trim()
+        _trim(task.card)
         if not np.isfinite(delta).all():
             raise TrainingDeclinedError(DeclineReason.DIVERGED, f"weights not finite after {steps.count} steps")
         after = self._evaluate(task, holdout, delta)
@@ -200,7 +200,7 @@ class TfliteTrainer:
         from fleetfed.shared.model.interpreter import Model
 
         model = Model(task.model, task.card, num_threads=self._settings.run.threads)
-        memory.release_clean_pages()
+        _release(task.card)
         return model
 
     def _descend(self, task: Task, training: Dataset, steps: _Steps) -> Floats:
@@ -222,9 +222,9 @@ class TfliteTrainer:
                     raise TrainingDeclinedError(DeclineReason.DIVERGED, f"loss {loss} after {steps.count} steps")
                 if not steps.count:
                     # The weights were copied out of the file: its pages and the code that did it are not needed again.
-                    memory.release_clean_pages()
+                    _release(task.card)
                 steps.add(loss, len(y))
-        memory.release_clean_pages()
+        _release(task.card)
         return model.get_weights()
 
     def _evaluate(self, task: Task, data: Dataset, weights: Floats | None) -> _Score:
@@ -264,6 +264,16 @@ class _Score:
     loss_sum: float = 0.0
     correct: int = 0
     examples: int = 0
+
+
+def _trim(card: ModelCard) -> None:
+    if card.parameters >= memory.WORTH_TRIMMING:
+        memory.trim()
+
+
+def _release(card: ModelCard) -> None:
+    if card.parameters >= memory.WORTH_TRIMMING:
+        memory.release_clean_pages()
 
 
 def _optimizer(training: Training) -> interpreter.Optimizer:

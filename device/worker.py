@@ -148,12 +148,9 @@ def work(trainer: Trainer, job: Job, cancelled: Callable[[], bool]) -> Finished:
     prepared = update.prepare(trained, job.plan, job.card, rng=rounding_rng, residual=job.residual())
     summary = _summary(trained, prepared)
     del trained
-    if job.card.parameters > _WORTH_TRIMMING:
+    if job.card.parameters > memory.WORTH_TRIMMING:
         memory.trim()
     return Finished(plan_hash=job.plan_hash, prepared=prepared, summary=summary)
-
-
-_WORTH_TRIMMING = 250_000
 
 
 def _summary(trained: Trained, prepared: Prepared) -> Summary:
