@@ -48,7 +48,7 @@ class ClipConfig:
 
     bits: int = 4
     first_bits: int = 8
-    multiplier: float = 12.0
+    multiplier: float = 16.0
     target: float = 0.005
     first_share: float = 4.0
 

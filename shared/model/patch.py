@@ -41,7 +41,7 @@ from fleetfed.shared.model.table import WeightTable
 from fleetfed.shared.wire import limits
 
 DEFAULT_BITS: Final = 4
-DEFAULT_CLIP: Final = 12.0
+DEFAULT_CLIP: Final = 14.0
 """Largest expressible difference in units of the step's rms."""
 
 _HEADER: Final = struct.Struct("<4sBBHIQ32s32sQ")
