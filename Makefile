@@ -1,5 +1,6 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
+PYTHON311 ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -32,6 +33,27 @@ test: $(VENV)/.dev ## Run the default tests
 .PHONY: test-all
 test-all: $(VENV)/.dev ## Run the default and the slow tests
 	$(BIN)/python -m pytest -m "not tensorflow"
+
+.venv-tf/.ready: pyproject.toml hatch_build.py
+	$(PYTHON) -m venv .venv-tf
+	.venv-tf/bin/python -m pip install --quiet --editable '.[dev,model]'
+	@touch $@
+
+# tflite-runtime has no wheel for a newer Python than 3.11 and needs NumPy 1.
+.venv-tflite/.ready: pyproject.toml hatch_build.py
+	$(PYTHON311) -m venv .venv-tflite
+	.venv-tflite/bin/python -m pip install --quiet --editable . 'numpy<2' 'tflite-runtime==2.14.*' \
+		'hypothesis>=6.100' 'pytest>=8.3' 'pytest-asyncio>=0.25' 'pytest-timeout>=2.3'
+	@touch $@
+
+.PHONY: test-models
+test-models: export FLEETFED_MODEL_CASES := $(CURDIR)/runs/model-cases
+test-models: .venv-tf/.ready .venv-tflite/.ready ## Prove the model builder against TensorFlow, on both TFLite runtimes
+	rm -rf runs/model-cases
+	.venv-tf/bin/python -m pytest -m tensorflow tests/cloud_coordinator/builder
+	PYTHONPATH=tests/support .venv-tflite/bin/python -m pytest --noconftest tests/cloud_coordinator/test_zoo.py \
+		tests/shared/model/test_card.py tests/shared/model/test_cases.py tests/shared/model/test_interpreter.py \
+		tests/shared/model/test_table.py
 
 .PHONY: lint
 lint: $(VENV)/.dev ## Check style

@@ -62,19 +62,20 @@ def build(
         class_names: one per class, or none.
 
     Raises:
-        ConfigError: the model holds something unsupported (named in the message), an argument is out of range, or
-            TensorFlow is not installed.
+        ConfigError: the model holds something unsupported (named in the message), an argument is out of range,
+            TensorFlow or a TFLite runtime is not installed, or the file does not do what the Keras model does.
     """
     _require_tensorflow()
     from fleetfed.cloud_coordinator.builder import convert
+    from fleetfed.cloud_coordinator.builder.prove import prove
     from fleetfed.cloud_coordinator.builder.read import read_network
 
+    network = read_network(model)
     name = name or str(model.name)
     if not 1 <= len(name) <= limits.MAX_ID or not set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-"):
         raise ConfigError(f"model name {name!r} must be 1 to {limits.MAX_ID} characters of a-z, 0-9, _ and -")
     if not 1 <= batch <= 4096:
         raise ConfigError(f"batch {batch} is outside 1..4096")
-    network = read_network(model)
     if class_names and len(class_names) != network.classes:
         raise ConfigError(f"{len(class_names)} class names for {network.classes} classes")
     data, slots = convert.convert(network, batch)
@@ -96,6 +97,8 @@ def build(
     patched = bytearray(data)
     values = [np.asarray(variable, dtype=np.float32) for variable in model.trainable_variables]
     write_weights(patched, table, np.concatenate([value.reshape(-1) for value in values]))
+    with _quiet():
+        prove(model, data, card)
     return BuiltModel(data=bytes(patched), card=card)
 
 
@@ -162,6 +165,8 @@ def _load(source: str) -> Any:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"model source {source!r} cannot be imported: {error}") from error
+    if not callable(function):
+        raise ConfigError(f"model source {source!r} is not a function")
     with _quiet():
         return function()
 

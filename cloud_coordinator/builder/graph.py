@@ -42,11 +42,12 @@ Consume = Callable[[int, Tensor], Tensor | None]
 """Takes the gradient of the weight with this index; returns the operation that is done with it, if any."""
 
 
+_RELU = Activation(function=Function.RELU)
+
+
 def logits(network: Network, read: Read, x: Tensor) -> Tensor:
     """Run the chain forward: float32 [batch, *input_shape] to float32 [batch, classes]."""
-    for step in network.steps:
-        x = _forward(step, read, x)
-    return x
+    return _forward(network, read, x)[-1]
 
 
 def output(network: Network, read: Read, x: Tensor) -> Tensor:
@@ -79,9 +80,7 @@ def train(network: Network, read: Read, x: Tensor, labels: Tensor, importance: T
     Returns:
         Weighted mean loss, a scalar.
     """
-    values = [x]
-    for step in network.steps:
-        values.append(_forward(step, read, values[-1]))
+    values = _forward(network, read, x)
     scores = values[-1]
     share = importance / tf.maximum(tf.reduce_sum(importance), 1e-12)
     loss = tf.reduce_sum(losses(network, scores, labels) * share)
@@ -99,13 +98,23 @@ def train(network: Network, read: Read, x: Tensor, labels: Tensor, importance: T
     return loss
 
 
-def _forward(step: Step, read: Read, x: Tensor) -> Tensor:
-    # Weights are read at their step's turn, not all at the start, for the sake of memory.
-    with tf.control_dependencies([x]):
-        return _forward_now(step, read, x)
+def _forward(network: Network, read: Read, x: Tensor) -> list[Tensor]:
+    """The input, and what each step makes of it."""
+    values = [x]
+    for before, step in zip((None, *network.steps), network.steps, strict=False):
+        x = values[-1]
+        # Weights are read at their step's turn, not all at the start, for the sake of memory.
+        with tf.control_dependencies([x]):
+            if step == _RELU and isinstance(before, Dense) and before.bias is None:
+                # The converter fuses a ReLU into the product before it, then replaces that by a BATCH_MATMUL, which
+                # has no fused activation: the ReLU is gone. A select is not fused.
+                values.append(tf.where(x > 0.0, x, 0.0))
+            else:
+                values.append(_step(step, read, x))
+    return values
 
 
-def _forward_now(step: Step, read: Read, x: Tensor) -> Tensor:
+def _step(step: Step, read: Read, x: Tensor) -> Tensor:
     match step:
         case Dense():
             y = None if step.bias is None else read(step.bias)
