@@ -229,7 +229,7 @@ def plot(report: Report, path: Path) -> None:
     theirs = [per_round * (number + 1) for number in range(len(rows))]
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     axes.plot(ours, accuracy, marker="o", markersize=3, color="#1f6f5c", label="FleetFed, counted on the sockets")
-    axes.plot(theirs, accuracy, marker=".", color="#b0b0b0", label="the same rounds in uncompressed float32")
+    axes.plot(theirs, accuracy, marker=".", color="#b0b0b0", label="the same rounds as float32 (computed)")
     axes.set_xscale("log")
     axes.set_xlabel("megabytes, all devices, both directions")
     axes.set_ylabel("accuracy on the validation set")
