@@ -130,7 +130,7 @@ class Relay:
             if manifest.version < latest.manifest.version:
                 raise RemoteProtocolError(RejectReason.REPLAYED, f"version {manifest.version} after {latest.manifest}")
             if manifest.version == latest.manifest.version:
-                if (manifest.sha256, manifest.full) != (latest.manifest.sha256, latest.manifest.full):
+                if manifest.sha256 != latest.manifest.sha256:
                     raise RemoteProtocolError(RejectReason.CONFLICT, f"two files of version {manifest.version}")
                 if raw == latest.raw:
                     return

@@ -295,9 +295,7 @@ class SignedFleet:
     def proposal(self, gateway: str, plan: Plan, hash: Digest, updates: list[Message], *, site: str) -> Message:
         """A child's signed proposal."""
         body = Proposal(plan=hash, heads=tuple(update.head.encode() for update in updates))
-        return self.signer(gateway, Role.GATEWAY, site).sign(
-            MessageKind.PROPOSE, body, now=self.now, round=plan.round
-        )
+        return self.signer(gateway, Role.GATEWAY, site).sign(MessageKind.PROPOSE, body, now=self.now, round=plan.round)
 
     def reveal(self, gateway: str, plan: Plan, reveal: Reveal, *, site: str) -> Message:
         """A child's signed reveal."""
