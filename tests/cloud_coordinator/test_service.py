@@ -1,0 +1,31 @@
+"""Whole rounds of a coordinator without a broker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from fleetfed.cloud_coordinator.state import State
+from fleetfed_testing.cloud import ScriptedGateway, World
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.coordinator.machine.validate()
+    await world.close()
+
+
+async def test_a_round_makes_a_version(world: World) -> None:
+    north = ScriptedGateway(world.fleet, "north", ["a", "b", "c"])
+    assert world.coordinator.machine.state is State.WAITING
+    await world.join(north)
+    assert world.plan()[0].round == 1
+    await world.run_round(north)
+    assert world.manifest().version == 2
+    assert world.end().version == 2
+    assert world.plan()[0].round == 2
+    assert world.plan()[0].model_sha256 == world.manifest().sha256
