@@ -64,8 +64,9 @@ class Limits:
         max_inflight: QoS 1 and 2 messages sent to one client and not yet acknowledged by it.
         max_subscriptions: filters of one session.
         high_water: bytes queued for one connected subscriber from which its publishers wait for their PUBACK.
-        memory_high_water: bytes queued for all connected subscribers from which publishers are not read any more.
-        stall_timeout: seconds without any progress after which a subscriber above ``high_water`` is disconnected.
+        memory_high_water: bytes queued for all connected subscribers, each message counted once, from which
+            clients that have nothing to acknowledge are not read any more, until half of it is left.
+        stall_timeout: seconds without any progress after which a subscriber that holds others up is disconnected.
         max_queued_messages: messages kept for one offline session; more are dropped and counted.
         max_queued_bytes: bytes kept for one offline session.
         max_offline_bytes: bytes kept for all offline sessions together.

@@ -300,10 +300,8 @@ class Connection:
                 self.pause_reading(_PAUSE_WINDOW)
         if limits.max_message_rate or limits.max_byte_rate:
             self._meter(len(payload))
-        if broker.memory > limits.memory_high_water and not session.in_flight and not session.queue:
-            # Whoever has something to acknowledge must be read, or nothing would ever drain.
-            self.pause_reading(_PAUSE_MEMORY)
-            broker.memory_paused[self] = None
+        if broker.memory > limits.memory_high_water:
+            broker.relieve_memory(self)
 
     def _acknowledge(self, packet_id: int, qos: int, code: int, congested: list[Session]) -> None:
         if not self.v5 or code == 0:
@@ -369,6 +367,18 @@ class Connection:
         """Drop one reason not to read."""
         self._pauses &= ~why
         self._broker.mark_dirty(self)
+
+    def memory_short(self) -> bool:
+        """Stop reading because the broker's memory is short, unless that would keep it short.
+
+        Returns:
+            whether reading has stopped: whoever has something to acknowledge must be read, or nothing would drain.
+        """
+        session = self.session
+        if session is None or session.in_flight or session.queue or self.closing:
+            return False
+        self.pause_reading(_PAUSE_MEMORY)
+        return True
 
     def memory_available(self) -> None:
         """The broker has room for messages again."""

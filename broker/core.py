@@ -98,6 +98,7 @@ class Broker:
         now: the time of the call that is being handled.
         memory: bytes of messages queued for connected subscribers, each message counted once.
         memory_paused: connections that are not read because ``memory`` is above its mark.
+        urgent: set when connections must stop being read at once, before anything else is; the caller resets it.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Broker:
         self.now = self._started = now
         self.memory = 0
         self.memory_paused: dict[Connection, None] = {}
+        self.urgent = False
         self._acl = acl
         self._make_id = make_id
         self._store = store
@@ -578,8 +580,13 @@ class Broker:
                     return False
                 if not session.stall_armed:
                     session.stall_armed = True
-                    session.progress_at = max(session.progress_at, self.now)
                     self.call_at(self.now + self.limits.stall_timeout, lambda: self._check_stall(session))
+            if session.pending_bytes == 0:
+                session.progress_at = self.now
+                if connection in self.memory_paused:
+                    # It has something to acknowledge now.
+                    del self.memory_paused[connection]
+                    connection.memory_available()
             if message.holders == 0:
                 self.memory += size
             message.holders += 1
@@ -614,6 +621,16 @@ class Broker:
             if not ticket.waiting:
                 ticket.connection.redeem()
 
+    def relieve_memory(self, publisher: Connection) -> None:
+        """Too much is queued for connected subscribers: leave what publishers send in their sockets.
+
+        All of them at once, not only ``publisher``: a thousand that send one message each are stopped by nothing else.
+        """
+        for connection in (publisher,) if self.memory_paused else list(self._connections):
+            if connection not in self.memory_paused and connection.memory_short():
+                self.memory_paused[connection] = None
+                self.urgent = True
+
     def _hold(self, message: Message) -> None:
         if message.holders == 0:
             self.memory += message.size
@@ -643,6 +660,9 @@ class Broker:
             if connection.session is None:
                 if self.now >= connection.opened_at + self.limits.connect_timeout:
                     connection.close(ReasonCode.KEEP_ALIVE_TIMEOUT)
+            elif self.memory_paused and self._is_stalled(connection.session):
+                self.counters.stalled_disconnected += 1
+                connection.close(ReasonCode.QUOTA_EXCEEDED)
             elif not connection.wants_read:
                 # We do not read it, so its silence proves nothing.
                 connection.last_received = self.now
@@ -653,18 +673,20 @@ class Broker:
         if self._patrolling:
             self.call_at(self.now + _PATROL_SECONDS, self._patrol)
 
+    def _is_stalled(self, session: Session) -> bool:
+        return session.pending_bytes > 0 and self.now >= session.progress_at + self.limits.stall_timeout
+
     def _check_stall(self, session: Session) -> None:
         session.stall_armed = False
         connection = session.connection
         if connection is None or session.pending_bytes <= self.limits.high_water:
             return
-        due = session.progress_at + self.limits.stall_timeout
-        if self.now >= due:
+        if self._is_stalled(session):
             self.counters.stalled_disconnected += 1
             connection.close(ReasonCode.QUOTA_EXCEEDED)
         else:
             session.stall_armed = True
-            self.call_at(due, lambda: self._check_stall(session))
+            self.call_at(session.progress_at + self.limits.stall_timeout, lambda: self._check_stall(session))
 
     def _arm(self, session: Session) -> None:
         """See to an offline session's will and end; looked at once a minute, so that no timer outlives it for long."""

@@ -86,7 +86,7 @@ class _Client(asyncio.BufferedProtocol):
             self._connection.buffer_filled(nbytes, now)
         else:
             self._connection.receive_data(self._server.scratch[:nbytes], now)
-        self._server.schedule_flush()
+        self._server.received()
 
     def eof_received(self) -> bool:
         return False
@@ -317,6 +317,14 @@ class EmbeddedBroker:
             self._idle.set()
         connection.connection_lost(self.clock())
         self.schedule_flush()
+
+    def received(self) -> None:
+        """Bytes were taken: answer soon, or at once if others must not be read any more in this turn of the loop."""
+        if self._core is not None and self._core.urgent:
+            self._core.urgent = False
+            self._flush()
+        else:
+            self.schedule_flush()
 
     def schedule_flush(self) -> None:
         """Write at the end of this turn of the loop: many packets then share one write and one commit."""
