@@ -123,6 +123,7 @@ class Model:
         if missing:
             raise ConfigError(f"model {card.name}: the file lacks the signatures {sorted(missing)}")
         self._runners: dict[str, Any] = {}
+        self._invoked: set[str] = set()
 
     def train_epoch(
         self, x: Floats, y: NDArray[np.integer[Any]], *, optimizer: Optimizer, order: NDArray[np.integer[Any]]
@@ -226,12 +227,13 @@ class Model:
             wrapper, subgraph = runner._interpreter_wrapper, runner._subgraph_index
             outputs = dict(runner._outputs)
         except AttributeError:
-            result = runner()
+            result = self._run("get_weights")
             for name, part in parts.items():
                 flat[part] = result.pop(name).reshape(-1)
             return flat
-        wrapper.AllocateTensors(subgraph)
-        wrapper.Invoke(subgraph)
+        with self._quiet_at_first("get_weights"):
+            wrapper.AllocateTensors(subgraph)
+            wrapper.Invoke(subgraph)
         for name, part in parts.items():
             flat[part] = wrapper.GetTensor(outputs[name], subgraph).reshape(-1)
         return flat
@@ -270,10 +272,15 @@ class Model:
             self._runners[signature] = self._interpreter.get_signature_runner(signature)
         return self._runners[signature]
 
-    def _run(self, signature: str, **inputs: Any) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def _quiet_at_first(self, signature: str) -> Iterator[None]:
         # The first call allocates, and the delegate introduces itself.
-        quiet = _silent_stderr() if signature not in self._runners else contextlib.nullcontext()
-        with quiet:
+        with contextlib.nullcontext() if signature in self._invoked else _silent_stderr():
+            yield
+        self._invoked.add(signature)
+
+    def _run(self, signature: str, **inputs: Any) -> dict[str, Any]:
+        with self._quiet_at_first(signature):
             result: dict[str, Any] = self._runner(signature)(**inputs)
         return result
 

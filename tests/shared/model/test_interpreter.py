@@ -5,7 +5,7 @@ import pytest
 from fleetfed_testing.model_vectors import STEPS, TOLERANCE, digest, distance, inputs
 
 from fleetfed.cloud_coordinator import zoo
-from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.errors import ConfigError, LocalProtocolError
 from fleetfed.shared.model.interpreter import Adam, Model, Sgd
 from fleetfed.shared.model.table import read_weights, write_weights
 
@@ -226,8 +226,49 @@ def test_a_file_that_is_not_the_cards_is_refused(digits, tmp_path):
 
 
 def test_the_runtime_writes_nothing_to_stderr(digits, capfd):
-    model = fresh(digits)
     x, y = data(digits, 16)
-    model.train_epoch(x, y, optimizer=Sgd(), order=IN_ORDER(16))
-    model.evaluate(x, y)
+    for first_call in (
+        lambda model: model.get_weights(),
+        lambda model: model.infer(x),
+        lambda model: model.evaluate(x, y),
+        lambda model: model.train_epoch(x, y, optimizer=Sgd(), order=IN_ORDER(16)),
+    ):
+        first_call(fresh(digits))
     assert capfd.readouterr().err == ""
+
+
+def test_a_closed_model_cannot_be_used(digits):
+    with fresh(digits) as model:
+        model.get_weights()
+    with pytest.raises(LocalProtocolError, match="closed"):
+        model.get_weights()
+    with pytest.raises(LocalProtocolError, match="closed"):
+        model.infer(data(digits, 1)[0])
+
+
+def test_weights_are_read_through_the_public_interface_too(digits, monkeypatch):
+    model = fresh(digits)
+    expected = model.get_weights()
+
+    class Plain:
+        """A runner with nothing but its public call."""
+
+        def __init__(self, runner):
+            self._real = runner
+
+        def __call__(self, **inputs):
+            return self._real(**inputs)
+
+    original = Model._runner
+    monkeypatch.setattr(Model, "_runner", lambda self, signature: Plain(original(self, signature)))
+    assert fresh(digits).get_weights().tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("delegate", [True, False])
+def test_training_is_the_same_with_and_without_the_delegate(digits, delegate):
+    x, y = data(digits, 32)
+    model = Model(digits.data, digits.card, delegate=delegate)
+    reference = fresh(digits)
+    for each in (model, reference):
+        each.train_epoch(x, y, optimizer=Sgd(lr=0.1, momentum=0.9), order=IN_ORDER(32))
+    assert np.abs(model.get_weights() - reference.get_weights()).max() < 1e-6
