@@ -31,6 +31,7 @@ from fleetfed.shared.wire.messages import (
 
 CARD = publishable(b"card")
 LARGEST = 1 << 20
+NOTHING = Facts()
 
 
 def sha(version: int) -> bytes:
@@ -117,7 +118,7 @@ def receipt(round_: int = 1, reason: RejectReason | None = None, **changes: Any)
 class Driver:
     """Feeds a machine and checks it after each event."""
 
-    def __init__(self, facts: Facts = Facts(), labels: dict[str, str] | None = None) -> None:
+    def __init__(self, facts: Facts = NOTHING, labels: dict[str, str] | None = None) -> None:
         self.machine = DeviceMachine(device="d-1", labels=labels or {}, facts=facts, largest=LARGEST)
         self.now = 2000
 
@@ -346,7 +347,7 @@ def test_receipts_that_are_not_ours_change_nothing(ready: Driver) -> None:
 def test_a_round_that_ends_without_a_receipt(ready: Driver) -> None:
     ready.plan()
     ready.train_and_store()
-    settle, abandon, record = ready(e.RoundEnded(RoundEnd(round=1, plan=hash_of(1), outcome=Outcome.COMMITTED)))
+    settle, _, record = ready(e.RoundEnded(RoundEnd(round=1, plan=hash_of(1), outcome=Outcome.COMMITTED)))
     assert settle.answer.fate is Fate.UNANSWERED
     assert record == e.RecordRound(1, "unanswered")
     assert ready(receipt()) == []
@@ -510,7 +511,7 @@ def test_a_manifest_that_makes_no_sense_is_refused(
 def test_a_bad_patch_is_followed_by_the_full_file(ready: Driver) -> None:
     find = ready(e.ManifestArrived(manifest(2, patch(1, 2))))[-1]
     fetch(ready, patch_blob(2), find)
-    refusal, drop, find = ready(e.InstallFailed(RejectReason.BODY_MISMATCH, "hash"))
+    refusal, _, find = ready(e.InstallFailed(RejectReason.BODY_MISMATCH, "hash"))
     assert refusal.reason is RejectReason.BODY_MISMATCH
     assert fetch(ready, FILE, find) == [e.InstallFull((), manifest(2, patch(1, 2)))]
 
