@@ -67,7 +67,8 @@ class Limits:
         memory_high_water: bytes queued for all connected subscribers, each message counted once, from which
             clients that have nothing to acknowledge are not read any more, until half of it is left.
         stall_timeout: seconds without any progress after which a subscriber that holds others up is disconnected.
-        max_queued_messages: messages kept for one offline session; more are dropped and counted.
+        max_queued_messages: messages kept for one offline session; more are dropped and counted. A connected client
+            with more than that waiting may not subscribe to more that is retained.
         max_queued_bytes: bytes kept for one offline session.
         max_offline_bytes: bytes kept for all offline sessions together.
         max_retained_messages: retained messages; more are refused (0x97) and counted.

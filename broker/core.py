@@ -134,7 +134,7 @@ class Broker:
         self._connections: dict[Connection, None] = {}
         self._tree: SubscriptionTree[Session, Grant] = SubscriptionTree()
         self._routes: dict[str, _Route] = {}
-        self._may_write: dict[tuple[str, str], bool] = {}
+        self._may_write: dict[tuple[str | None, str, str], bool] = {}
         self._retained = RetainedStore(limits, store)
         self._offline_bytes = 0
         self._dirty: list[Connection] = []
@@ -440,6 +440,8 @@ class Broker:
         self._routes.clear()
         connection.send(SubAck(packet_id=packet.packet_id, codes=tuple(codes)))
         for topic_filter, grant in replay:
+            if len(session.queue) > self.limits.max_queued_messages:
+                raise PacketError(ReasonCode.QUOTA_EXCEEDED, "subscribes on without taking what is retained")
             for message in self._retained.match(topic_filter, self.now):
                 if self.may(Access.READ, message.topic, session):
                     self._deliver(session, message, min(message.qos, grant.qos), True)
@@ -482,7 +484,7 @@ class Broker:
         """
         topic = message.topic
         if origin is not None and not checked:
-            key = (origin.client_id, topic)
+            key = (origin.username, origin.client_id, topic)
             allowed = self._may_write.get(key)
             if allowed is None:
                 if len(self._may_write) >= _CACHED_TOPICS:
@@ -559,12 +561,12 @@ class Broker:
         return candidates[self._share_turn % len(candidates)]
 
     def _deliver(self, session: Session, message: Message, qos: int, retain: bool) -> bool:
-        """Queue a message for a session; ``False`` if it was lost there."""
+        """Queue a message for a session; ``False`` if it should have been and there was no room."""
         connection = session.connection
         size = message.size
         if connection is None:
             if qos == 0:
-                return False
+                return True
             if (
                 len(session.queue) >= self.limits.max_queued_messages
                 or session.pending_bytes + size > self.limits.max_queued_bytes
@@ -577,7 +579,7 @@ class Broker:
             if session.pending_bytes > self.limits.high_water:
                 if qos == 0:
                     self.counters.dropped_qos0 += 1
-                    return False
+                    return True
                 if not session.stall_armed:
                     session.stall_armed = True
                     self.call_at(self.now + self.limits.stall_timeout, lambda: self._check_stall(session))
@@ -690,15 +692,19 @@ class Broker:
 
     def _arm(self, session: Session) -> None:
         """See to an offline session's will and end; looked at once a minute, so that no timer outlives it for long."""
-        if session.timer_armed:
-            return
         due = min(filter(None, (session.will_due, session.expires_at)), default=None)
-        if due is not None:
-            session.timer_armed = True
-            self.call_at(min(due, self.now + _SWEEP_SECONDS), lambda: self._check_session(session))
+        if due is None:
+            return
+        when = min(due, self.now + _SWEEP_SECONDS)
+        # A timer of an earlier absence may still be under way: it serves if it fires in time.
+        if session.timer_at is None or when < session.timer_at:
+            session.timer_at = when
+            self.call_at(when, lambda: self._check_session(session))
 
     def _check_session(self, session: Session) -> None:
-        session.timer_armed = False
+        if session.timer_at is None or self.now < session.timer_at:
+            return  # an earlier timer has taken this one's place
+        session.timer_at = None
         if session.connection is not None or self._sessions.get(session.client_id) is not session:
             return
         if session.will_due is not None and self.now >= session.will_due:

@@ -213,7 +213,7 @@ class Session:
         "stored",
         "subscriptions",
         "tickets",
-        "timer_armed",
+        "timer_at",
         "username",
         "will",
         "will_due",
@@ -234,7 +234,7 @@ class Session:
         self.progress_at = 0.0
         self.stall_armed = False
         self.stored = False
-        self.timer_armed = False
+        self.timer_at: float | None = None
         self.will: Will | None = None
         self.will_due: float | None = None
         self.last_packet_id = 0

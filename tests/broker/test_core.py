@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import pytest
 
-from fleetfed.broker.acl import Acl
+from fleetfed.broker.acl import Acl, parse_acl
 from fleetfed.broker.config import Limits
 from fleetfed.broker.connection import Connection
 from fleetfed.broker.core import Broker
@@ -540,3 +540,74 @@ def test_many_half_full_stalled_subscribers_cannot_hold_the_publishers_for_ever(
 
 def _message(topic: str) -> Message:
     return Message(topic, b"x", 1)
+
+
+def test_a_will_is_punctual_although_a_timer_of_an_earlier_absence_is_under_way(world: World) -> None:
+    watcher = world.peer("w")
+    watcher.subscribe("state")
+    lasting = {Property.SESSION_EXPIRY: 3600}
+    world.peer("a", version=V5, properties=lasting).lose()
+    world.pass_time(1)
+    will = Will(topic="state", payload=b"lost", properties={Property.WILL_DELAY: 5})
+    world.peer("a", version=V5, properties=lasting, clean=False, will=will).lose()
+    world.pass_time(6)
+    assert len(watcher.get(Publish)) == 1
+    world.pass_time(3700)
+    assert world.statistics["sessions"] == 1
+
+
+def test_qos_0_that_nobody_waits_for_is_no_quota_matter(world: World) -> None:
+    sleeper = world.peer("s", clean=False)
+    sleeper.subscribe("t", qos=0)
+    sleeper.lose()
+    publisher = world.peer("p", version=V5)
+    publisher.publish("t")
+    assert [item.code for item in publisher.get(PubAck)] == [0]
+    assert world.statistics["offline_bytes"] == 0
+
+
+def test_subscribing_over_and_over_without_reading_is_bounded() -> None:
+    world = World(Limits(max_queued_messages=100))
+    publisher = world.peer("p")
+    for number in range(50):
+        publisher.publish(f"t/{number}", retain=True)
+    greedy = world.peer("g", version=V5)
+    items = (Subscription(topic_filter="#", qos=1),) * 1000
+    greedy.send(Subscribe(packet_id=1, subscriptions=items))
+    assert [item.code for item in greedy.get(Disconnect)] == [0x97]
+    assert world.statistics["queued_bytes"] == 0
+
+
+def test_a_name_change_on_a_plain_listener_does_not_inherit_rights() -> None:
+    world = World(acl=parse_acl("user alice\ntopic write t\n"))
+    codes = []
+    for username in ("alice", "mallory"):
+        connection = world.broker.open(None, world.now)
+        connection.receive_data(
+            encode(Connect(version=V5, client_id="x", username=username), V5)
+            + encode(Publish(topic="t", payload=b"", qos=1, packet_id=1), V5),
+            world.now,
+        )
+        codes.append(b"".join(connection.data_to_send())[-1])
+        connection.connection_lost(world.now)
+    assert codes == [0x10, 0x87]
+
+
+def test_acknowledgements_keep_the_order_of_the_messages() -> None:
+    world = World(Limits(high_water=KB))
+    takers = {name: world.peer(name) for name in "abc"}
+    for name, taker in takers.items():
+        taker.subscribe(name)
+    publisher = world.peer("p")
+    for packet_id, (name, size) in enumerate([("a", 2 * KB), ("b", 2 * KB), ("c", 1)], start=1):
+        publisher.publish(name, bytes(size), packet_id=packet_id)
+    assert publisher.get(PubAck) == [], "c has room, but its message came last"
+
+    def drain(name: str) -> list[int]:
+        taker = takers[name]
+        taker.send(*(PubAck(packet_id=item.packet_id) for item in taker.get(Publish)))
+        return [item.packet_id for item in publisher.get(PubAck)]
+
+    assert drain("b") == []
+    assert drain("a") == [1, 2, 3]
+    check(world)
