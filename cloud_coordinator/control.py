@@ -106,7 +106,7 @@ class Control:
         if not head.header.expires_at or left > _LONGEST:
             raise CommandError("no_expiry", "a command that changes something must expire within 24 hours")
         apply = await self._prepare(request)
-        with coordinator.store.transaction():
+        with coordinator.durably():
             response = self._signed(head, result=apply())
             coordinator.store.answer(
                 head.header.message_id,
@@ -115,7 +115,6 @@ class Control:
                 response=response,
                 now=coordinator.clock(),
             )
-        coordinator.flush()
         _log.info("%s: %s", operator, request.command)
         self._send(operator, response)
 

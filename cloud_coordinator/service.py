@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -106,6 +107,8 @@ class Coordinator:
         self._wake = wake
         self._outgoing: list[Outgoing] = []
         self._depth = 0
+        self._broken = False
+        self._step_due: int | None = None
         self._status_due: int | None = None
         self._proposal = b""
         self._partial: tuple[bytes, Partial] | None = None
@@ -162,17 +165,33 @@ class Coordinator:
             StorageError: the database refuses; the coordinator must be started again.
         """
         now = self.clock()
+        with self.durably():
+            queue = deque(events)
+            while queue:
+                for instruction in self.machine.handle(queue.popleft(), now):
+                    queue.extend(self._perform(instruction, now))
+        self._wake()
+
+    @contextmanager
+    def durably(self) -> Iterator[None]:
+        """Do what is inside in one transaction, then what waits for its end; may be nested.
+
+        After an error the machine knows of things that the database does not: nothing is done any more.
+        """
+        if self._broken:
+            raise StorageError("durable state could not be written before; start the coordinator again")
         self._depth += 1
         try:
             with self.store.transaction():
-                queue = deque(events)
-                while queue:
-                    for instruction in self.machine.handle(queue.popleft(), now):
-                        queue.extend(self._perform(instruction, now))
+                yield
+        except BaseException:
+            self._broken = True
+            self._outgoing.clear()
+            self._step_due = None
+            raise
         finally:
             self._depth -= 1
         self.flush()
-        self._wake()
 
     def send(self, packet: Outgoing) -> None:
         """Send a packet once everything written so far is durable."""
@@ -183,6 +202,9 @@ class Coordinator:
         """Hand packets over to the transport unless a transaction is open."""
         if self._depth or self.store.in_transaction:
             return
+        if self._step_due is not None:
+            number, self._step_due = self._step_due, None
+            self._step = asyncio.get_running_loop().create_task(self._take_step(number), name=f"step-{number}")
         packets, self._outgoing = self._outgoing, []
         for packet in packets:
             self._transport(packet)
@@ -259,7 +281,8 @@ class Coordinator:
             case ev.Refuse():
                 self.refuse(instruction.message, instruction.reason, instruction.detail)
             case ev.StartStep(number):
-                self._step = asyncio.get_running_loop().create_task(self._take_step(number), name=f"step-{number}")
+                # Not before the partials are durable: a version must never hold what a restart would not find.
+                self._step_due = number
             case ev.StoreAbort(number, reason):
                 self._store_abort(number, reason, now)
             case ev.PublishModel():
@@ -431,14 +454,9 @@ class Coordinator:
         except StepError as error:
             self.handle(ev.StepFailed(str(error)))
             return
-        self._depth += 1
-        try:
-            with self.store.transaction():
-                accuracy = self._store_step(number, made, meta)
-                self.handle(ev.StepStored(version=made.version, accuracy=accuracy))
-        finally:
-            self._depth -= 1
-        self.flush()
+        with self.durably():
+            accuracy = self._store_step(number, made, meta)
+            self.handle(ev.StepStored(version=made.version, accuracy=accuracy))
         if made.version % _COLLECT_EVERY == 0:
             self.store.forget_files(below=made.version + 1 - self.config.storage.keep_versions)
             self.blobs.collect(self.store.references())

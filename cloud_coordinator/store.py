@@ -79,15 +79,19 @@ class Store:
             tables.metadata.create_all(self._connection)
             self._connection.commit()
         except DBAPIError as error:
+            self._engine.dispose()
             raise StorageError(f"database {self._engine.url!r}: {error.orig}") from error
-        self._check_schema()
+        try:
+            self._check_schema()
+        except BaseException:
+            self.close()
+            raise
 
     def _check_schema(self) -> None:
         found = self.document(_SCHEMA_KEY)
         if found is None:
             self.put_document(_SCHEMA_KEY, str(tables.SCHEMA).encode())
         elif found != str(tables.SCHEMA).encode():
-            self.close()
             raise StorageError(
                 f"database {self._engine.url!r} has schema {found.decode(errors='replace')}, "
                 f"this program uses {tables.SCHEMA}: start the version of FleetFed that wrote it"

@@ -145,7 +145,7 @@ class Fleet:
 
 
 def update_of(
-    fleet: Fleet, device: str, site: str, *, plan: Plan, plan_hash: Digest, ring: Ring, seed: int = 0, **changes: Any
+    fleet: Fleet, device: str, site: str, plan: Plan, plan_hash: Digest, ring: Ring, /, *, seed: int = 0, **changes: Any
 ) -> Update:
     """A device's update for a plan, drawn from its name and ``seed``; ``changes`` are of the extension."""
     rng = np.random.default_rng([seed, *device.encode()])
@@ -224,19 +224,16 @@ class ScriptedGateway:
 
     def train(self, plan: Plan, plan_hash: Digest, ring: Ring, *, seed: int = 0) -> list[Update]:
         """An update of each device."""
-        made = [
-            update_of(self.fleet, device, self.name, plan=plan, plan_hash=plan_hash, ring=ring, seed=seed)
-            for device in self.devices
-        ]
+        made = [update_of(self.fleet, device, self.name, plan, plan_hash, ring, seed=seed) for device in self.devices]
         self.updates |= {update.message.id: update for update in made}
         return made
 
-    def propose(self, plan: Plan, plan_hash: Digest, heads: Iterable[bytes], **changes: Any) -> Message:
+    def propose(self, plan: Plan, plan_hash: Digest, heads: Iterable[bytes], /, **changes: Any) -> Message:
         """A signed proposal of these heads."""
         body = Proposal(**{"plan": plan_hash, "heads": tuple(heads), **changes})
         return self.signer.sign(MessageKind.PROPOSE, body, now=plan.opened, round=plan.round)
 
-    def reveal(self, plan: Plan, ring: Ring, commit: Commit, commit_hash: Digest, **changes: Any) -> Message:
+    def reveal(self, plan: Plan, ring: Ring, commit: Commit, commit_hash: Digest, /, **changes: Any) -> Message:
         """A signed partial over the committed members."""
         ids = [commit.members[i : i + 16] for i in range(0, len(commit.members), 16)]
         total = Accumulator(ring, capacity=plan.quorum.cohort_cap)
@@ -284,6 +281,7 @@ class World:
         store: type[Store] = Store,
         blobs: type[BlobStore] = BlobStore,
         autostart: bool = True,
+        start: bool = True,
         rounds: RoundSettings | None = None,
         **settings: Any,
     ) -> None:
@@ -305,7 +303,9 @@ class World:
         self.identity = self.fleet.member(Role.COORDINATOR, "coordinator", "_")
         self._store, self._blobs = store, blobs
         self._signer = self.fleet.signer(Role.COORDINATOR, "coordinator", "_")
-        self.open()
+        self._open = False
+        if start:
+            self.open()
 
     def open(self) -> None:
         """Start the coordinator on the disk as it is."""
@@ -325,14 +325,17 @@ class World:
             self.inbox = Inbox(self.coordinator, Control(self.coordinator).request)
             self.coordinator.start()
             self.coordinator.publish_everything()
+            self._open = True
         except BaseException:
             self.store.close()
             raise
 
     async def close(self) -> None:
         """Stop as a crash does: nothing more is written."""
-        await self.coordinator.stop()
-        self.store.close()
+        if self._open:
+            self._open = False
+            await self.coordinator.stop()
+            self.store.close()
 
     async def restart(self) -> None:
         """Crash and start again."""
