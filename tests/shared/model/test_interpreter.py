@@ -264,11 +264,17 @@ def test_weights_are_read_through_the_public_interface_too(digits, monkeypatch):
     assert fresh(digits).get_weights().tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("delegate", [True, False])
-def test_training_is_the_same_with_and_without_the_delegate(digits, delegate):
-    x, y = data(digits, 32)
-    model = Model(digits.data, digits.card, delegate=delegate)
-    reference = fresh(digits)
+@pytest.mark.parametrize("name", ["digits", "wrist"])
+@pytest.mark.parametrize("options", [{"delegate": False}, {"num_threads": 3}, {"delegate": False, "num_threads": 3}])
+def test_training_does_not_depend_on_how_the_runtime_runs_it(name, options):
+    # With more threads the runtimes take other convolution kernels, some of which keep a copy of their filter.
+    made = zoo.load(name)
+    x, y = data(made, 64)
+    model = Model(made.data, made.card, **options)
+    reference = fresh(made)
     for each in (model, reference):
-        each.train_epoch(x, y, optimizer=Sgd(lr=0.1, momentum=0.9), order=IN_ORDER(32))
-    assert np.abs(model.get_weights() - reference.get_weights()).max() < 1e-6
+        each.train_epoch(x, y, optimizer=Sgd(lr=0.1, momentum=0.9), order=IN_ORDER(64))
+    start = read_weights(made.data, made.card.table)
+    moved, expected = model.get_weights() - start, reference.get_weights() - start
+    assert np.linalg.norm(moved - expected) < 1e-4 * np.linalg.norm(expected)
+    assert model.evaluate(x, y).loss_sum == pytest.approx(reference.evaluate(x, y).loss_sum, rel=1e-4)
