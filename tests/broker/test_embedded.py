@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import ssl
 import threading
 from collections.abc import AsyncIterator
@@ -39,6 +40,19 @@ async def refused(port: int, context: ssl.SSLContext | None) -> bool:
         return True
     await client.disconnect()
     return False
+
+
+@pytest.mark.parametrize("certified", [True, False])
+async def test_small_messages_do_not_wait_for_acknowledgements(certified: bool, authority: Authority) -> None:
+    broker = EmbeddedBroker(BrokerConfig(tls=authority.server_files() if certified else None))
+    await broker.start()
+    client = await RawClient.connect(broker.port, "d-1", tls=authority.client_context("d-1") if certified else None)
+    (served,) = broker._clients.values()
+    assert served._transport is not None
+    sock = served._transport.get_extra_info("socket")
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY), "Nagle's algorithm is on"
+    await client.disconnect()
+    await broker.stop()
 
 
 @pytest.mark.parametrize("kind", KINDS)
