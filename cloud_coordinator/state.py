@@ -60,6 +60,10 @@ _RETRY_FIRST: Final = 1_000
 _RETRY_MOST: Final = 60_000
 """Milliseconds between rounds that fail: a fleet of which nobody is selected must not be asked without end."""
 
+_SETTLE: Final = 250
+"""Milliseconds to wait after a gateway shows itself for the first time: after a start they come one by one, and a round
+that opens with the first would be over before it waits for the second."""
+
 
 class State(StrEnum):
     """See the module."""
@@ -132,6 +136,7 @@ class CoordinatorMachine(Machine[State]):
         self._accuracy = accuracy
         self._not_before = 0
         self._failures = 0
+        self._met: frozenset[str] = frozenset()
         if round_ is None:
             self.state = self._resting()
 
@@ -230,12 +235,18 @@ class CoordinatorMachine(Machine[State]):
         self._accuracy = None
         return [PublishModel(), *self._rest(now)]
 
-    def _fleet_changed(self, event: FleetChanged, now: int) -> list[Instruction]:
+    def _meet(self, event: FleetChanged, now: int) -> None:
         self.fleet = event
+        if not event.gateways <= self._met:
+            self._met |= event.gateways
+            self._not_before = max(self._not_before, now + _SETTLE)
+
+    def _fleet_changed(self, event: FleetChanged, now: int) -> list[Instruction]:
+        self._meet(event, now)
         return self._rest(now) if self.state is State.WAITING else []
 
     def _fleet_changed_in_round(self, event: FleetChanged, now: int) -> list[Instruction]:
-        self.fleet = event
+        self._meet(event, now)
         assert self.round is not None
         gone = {gateway for gateway in self.round.awaited & event.stopped if gateway not in self.round.exchanges}
         if not gone:
@@ -257,7 +268,6 @@ class CoordinatorMachine(Machine[State]):
         self.made = 0
         self._accuracy = None
         self._failures = 0
-        self._not_before = now
         return [StoreRun(), *self._rest(now)]
 
     def _pause(self, event: PauseRequested, now: int) -> list[Instruction]:
@@ -274,7 +284,6 @@ class CoordinatorMachine(Machine[State]):
         del event
         self.run = replace(self.run, wish=Wish.ROUNDS)
         self._failures = 0
-        self._not_before = now
         return [StoreRun(), *self._rest(now)]
 
     def _resume_in_round(self, event: ResumeRequested, now: int) -> list[Instruction]:
