@@ -31,9 +31,10 @@ from typing import cast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from fleetfed.broker.codec import encode  # noqa: E402
 from fleetfed.broker.config import BrokerConfig, Limits  # noqa: E402
 from fleetfed.broker.mosquitto import MosquittoProcess, find_mosquitto  # noqa: E402
-from fleetfed.broker.packets import Connect, Publish, Subscribe, Subscription, encode  # noqa: E402
+from fleetfed.broker.packets import Connect, Publish, Subscribe, Subscription  # noqa: E402
 from tests.broker.certificates import Authority  # noqa: E402
 
 KB, MB = 1024, 1024 * 1024

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from fleetfed.broker.codec import decode, decode_publish, encode, frame
 from fleetfed.broker.packets import (
     V3,
     V5,
@@ -26,10 +27,6 @@ from fleetfed.broker.packets import (
     PubRel,
     Subscribe,
     Unsubscribe,
-    decode,
-    decode_publish,
-    encode,
-    frame,
 )
 from fleetfed.broker.properties import Buffer, PacketError, Property, ReasonCode, malformed, write_property_list
 from fleetfed.broker.sessions import FORWARDED, Message, Session, Stage, Ticket
@@ -37,6 +34,7 @@ from fleetfed.broker.topictree import is_valid_topic
 
 if TYPE_CHECKING:
     from fleetfed.broker.core import Broker
+    from fleetfed.broker.router import Router
 
 _PUMP_BYTES: Final = 256 * 1024
 """Bytes that one call of `Connection.data_to_send` takes from the queue at least before it stops."""
@@ -74,6 +72,7 @@ class Connection:
         "_rate_messages",
         "_rate_since",
         "_rest",
+        "_router",
         "_tickets",
         "_unacknowledged",
         "_writable",
@@ -90,8 +89,9 @@ class Connection:
         "v5",
     )
 
-    def __init__(self, broker: Broker, identity: str | None, now: float) -> None:
+    def __init__(self, broker: Broker, router: Router, identity: str | None, now: float) -> None:
         self._broker = broker
+        self._router = router
         self.identity = identity
         self.v5 = False
         self.session: Session | None = None
@@ -132,9 +132,9 @@ class Connection:
 
     def buffer_filled(self, size: int, now: float) -> None:
         """Take ``size`` bytes that were received into `receive_buffer`."""
-        broker = self._broker
-        broker.now = self.last_received = now
-        broker.counters.bytes_received += size
+        router = self._router
+        router.now = self.last_received = now
+        router.counters.bytes_received += size
         self._have += size
         partial = self._partial
         if partial is not None and self._have == len(partial):
@@ -149,9 +149,9 @@ class Connection:
 
         Never raises: what breaks a rule ends the connection with the fitting reason code and is counted.
         """
-        broker = self._broker
-        broker.now = self.last_received = now
-        broker.counters.bytes_received += len(data)
+        router = self._router
+        router.now = self.last_received = now
+        router.counters.bytes_received += len(data)
         if self.closing:
             return
         try:
@@ -161,7 +161,7 @@ class Connection:
 
     def resume_reading(self, now: float) -> None:
         """Go on with bytes that were received before reading was stopped."""
-        self._broker.now = now
+        self._router.now = now
         if self._rest and self.wants_read:
             self.receive_data(b"", now)
 
@@ -181,7 +181,7 @@ class Connection:
                 return
             self._partial = None
             self._packet_complete(partial)
-        limit = self._broker.limits.max_packet
+        limit = self._router.limits.max_packet
         while at < end:
             if self._pauses or self.closing:
                 if not self.closing:
@@ -215,13 +215,12 @@ class Connection:
     def _dispatch(self, first: int, body: memoryview, *, owned: bool) -> None:
         """Decide on one packet; the payload is copied unless ``body`` lives in memory of its own."""
         kind = first >> 4
-        broker = self._broker
         if self.session is None:
             if kind != PacketType.CONNECT:
                 raise PacketError(ReasonCode.PROTOCOL_ERROR, "the first packet is not CONNECT")
             packet = decode(first, body, V3)
             assert isinstance(packet, Connect)
-            broker.connect(self, packet)
+            self._broker.connect(self, packet)
             return
         if kind == PacketType.PUBLISH:
             self._on_publish(decode_publish(first & 0x0F, body, V5 if self.v5 else V3), owned)
@@ -231,7 +230,7 @@ class Connection:
             self._on_packet(decode(first, body, V5 if self.v5 else V3))
 
     def _on_packet(self, packet: Packet) -> None:
-        broker, session = self._broker, self.session
+        router, session = self._router, self.session
         assert session is not None
         match packet:
             case PubAck():
@@ -250,22 +249,22 @@ class Connection:
             case Subscribe():
                 if Property.SUBSCRIPTION_ID in packet.properties:
                     raise PacketError(ReasonCode.SUBSCRIPTION_ID_NOT_SUPPORTED, "subscription identifier")
-                broker.subscribe(self, session, packet)
+                router.subscribe(self, session, packet)
             case Unsubscribe():
-                broker.unsubscribe(self, session, packet)
+                router.unsubscribe(self, session, packet)
             case PingReq():
                 self.send(PingResp())
             case Disconnect():
-                broker.client_disconnects(self, session, packet)
+                self._broker.client_disconnects(self, session, packet)
             case _:
                 raise PacketError(ReasonCode.PROTOCOL_ERROR, f"{type(packet).__name__} from a client")
 
     # ------------------------------------------------------------------------------------------ QoS
 
     def _on_publish(self, packet: Publish, owned: bool) -> None:
-        broker, session = self._broker, self.session
+        router, session = self._router, self.session
         assert session is not None
-        broker.counters.messages_received += 1
+        router.counters.messages_received += 1
         qos = packet.qos
         properties = packet.properties
         encoded, expires_at = b"", None
@@ -276,11 +275,11 @@ class Connection:
                 raise malformed("subscription identifier from a client")
             expiry = properties.get(Property.MESSAGE_EXPIRY)
             if isinstance(expiry, int):
-                expires_at = broker.now + expiry
+                expires_at = router.now + expiry
             encoded = write_property_list({key: properties[key] for key in FORWARDED if key in properties})
         if not is_valid_topic(packet.topic):
             raise PacketError(ReasonCode.TOPIC_NAME_INVALID, "topic name too long")
-        limits = broker.limits
+        limits = router.limits
         if qos:
             window = len(self._tickets) + len(session.received)
             if qos == 2 and packet.packet_id in session.received:
@@ -290,7 +289,7 @@ class Connection:
                 raise PacketError(ReasonCode.RECEIVE_MAXIMUM_EXCEEDED, f"{window + 1} unacknowledged messages")
         payload = packet.payload if owned else bytes(packet.payload)
         message = Message(packet.topic, payload, qos, packet.retain, encoded, expires_at)
-        code, congested = broker.publish(message, session)
+        code, congested = router.publish(message, session)
         if qos:
             if qos == 2 and code < 0x80:
                 session.received.add(packet.packet_id)
@@ -300,8 +299,8 @@ class Connection:
                 self.pause_reading(_PAUSE_WINDOW)
         if limits.max_message_rate or limits.max_byte_rate:
             self._meter(len(payload))
-        if broker.memory > limits.memory_high_water:
-            broker.relieve_memory(self)
+        if router.memory > limits.memory_high_water:
+            router.relieve_memory(self)
 
     def _acknowledge(self, packet_id: int, qos: int, code: int, congested: list[Session]) -> None:
         if not self.v5 or code == 0:
@@ -313,7 +312,7 @@ class Connection:
             for session in congested:
                 session.tickets.append(ticket)
             self._tickets.append(ticket)
-            self._broker.counters.acknowledgements_delayed += bool(congested)
+            self._router.counters.acknowledgements_delayed += bool(congested)
         else:
             self._append(packet)
 
@@ -322,7 +321,7 @@ class Connection:
         tickets = self._tickets
         while tickets and not tickets[0].waiting:
             self._append(tickets.popleft().packet)
-        if self._pauses & _PAUSE_WINDOW and len(tickets) < self._broker.limits.receive_maximum:
+        if self._pauses & _PAUSE_WINDOW and len(tickets) < self._router.limits.receive_maximum:
             self.unpause_reading(_PAUSE_WINDOW)
 
     def _on_acknowledged(self, packet_id: int) -> None:
@@ -332,7 +331,7 @@ class Connection:
         # An acknowledgement of what was never sent here is harmless and ignored (as Mosquitto does).
         if item is None or not item.sent or item.qos != 1:
             return
-        self._broker.released(session, item)
+        self._router.released(session, item)
         self._forget(session, packet_id)
 
     def _on_pubrec(self, packet: PubRec) -> None:
@@ -344,7 +343,7 @@ class Connection:
             return
         if item.stage is Stage.PUBLISHED:
             item.stage = Stage.RELEASED
-            self._broker.released(session, item)
+            self._router.released(session, item)
         if packet.code >= 0x80:
             self._forget(session, packet.packet_id)
         else:
@@ -354,19 +353,19 @@ class Connection:
         item = session.in_flight.pop(packet_id)
         if item.sent:
             self._unacknowledged -= 1
-        self._broker.mark_dirty(self)
+        self._router.mark_dirty(self)
 
     # ------------------------------------------------------------------------------------------ flow control
 
     def pause_reading(self, why: int) -> None:
         """Stop reading for one more reason."""
         self._pauses |= why
-        self._broker.mark_dirty(self)
+        self._router.mark_dirty(self)
 
     def unpause_reading(self, why: int) -> None:
         """Drop one reason not to read."""
         self._pauses &= ~why
-        self._broker.mark_dirty(self)
+        self._router.mark_dirty(self)
 
     def memory_short(self) -> bool:
         """Stop reading because the broker's memory is short, unless that would keep it short.
@@ -389,7 +388,7 @@ class Connection:
         self.unpause_reading(_PAUSE_RATE)
 
     def _meter(self, size: int) -> None:
-        limits, now = self._broker.limits, self._broker.now
+        limits, now = self._router.limits, self._router.now
         elapsed = now - self._rate_since
         self._rate_since = now
         wait = 0.0
@@ -400,9 +399,9 @@ class Connection:
             self._rate_bytes = max(0.0, self._rate_bytes - elapsed * limits.max_byte_rate) + size
             wait = max(wait, self._rate_bytes / limits.max_byte_rate - 10)
         if wait > 0:
-            self._broker.counters.rate_limited += 1
+            self._router.counters.rate_limited += 1
             self.pause_reading(_PAUSE_RATE)
-            self._broker.call_at(now + wait, self.rate_available)
+            self._router.timers.call_at(now + wait, self.rate_available)
 
     def pause_writing(self) -> None:
         """The transport's buffer is full: nothing is taken from the queue until `resume_writing`."""
@@ -410,13 +409,13 @@ class Connection:
 
     def resume_writing(self, now: float) -> None:
         """The transport's buffer has drained."""
-        self._broker.now = now
+        self._router.now = now
         self._writable = True
         if self.session is not None:
             self.session.progress_at = now
         if self._pauses & _PAUSE_OUTPUT:
             self._pauses &= ~_PAUSE_OUTPUT
-        self._broker.mark_dirty(self)
+        self._router.mark_dirty(self)
 
     # ------------------------------------------------------------------------------------------ bytes out
 
@@ -427,7 +426,7 @@ class Connection:
     def _append(self, data: bytes) -> None:
         self._out.append(data)
         if not self.dirty:
-            self._broker.mark_dirty(self)
+            self._router.mark_dirty(self)
         if not self._writable and len(self._out) > _MAX_UNSENT:
             self._pauses |= _PAUSE_OUTPUT
 
@@ -441,12 +440,12 @@ class Connection:
         out = self._out
         if out:
             self._out = []
-            self._broker.counters.bytes_sent += sum(map(len, out))
+            self._router.counters.bytes_sent += sum(map(len, out))
         return out
 
     def _pump(self, session: Session) -> None:
-        broker, out, v5 = self._broker, self._out, self.v5
-        now, budget = broker.now, _PUMP_BYTES
+        router, out, v5 = self._router, self._out, self.v5
+        now, budget = router.now, _PUMP_BYTES
         queue, resend = session.queue, self.resend
         sent = 0
         while resend and self._unacknowledged < self.send_quota:
@@ -470,13 +469,13 @@ class Connection:
             queue.popleft()
             message = item.message
             if message.expires_at is not None and message.expires_at <= now:
-                broker.counters.expired += 1
-                broker.released(session, item)
+                router.counters.expired += 1
+                router.released(session, item)
                 continue
             if message.wire_size(v5) > self.max_packet:
                 # MQTT 5 §3.1.2.11.4: treat it as sent.
-                broker.counters.dropped_too_large += 1
-                broker.released(session, item)
+                router.counters.dropped_too_large += 1
+                router.released(session, item)
                 continue
             packet_id = 0
             if qos:
@@ -487,13 +486,13 @@ class Connection:
             budget -= message.append_to(out, v5=v5, qos=qos, retain=item.retain, packet_id=packet_id, now=now)
             sent += 1
             if not qos:
-                broker.released(session, item)
-        broker.counters.messages_sent += sent
+                router.released(session, item)
+        router.counters.messages_sent += sent
 
     # ------------------------------------------------------------------------------------------ the end
 
     def _refuse(self, error: PacketError) -> None:
-        counters = self._broker.counters
+        counters = self._router.counters
         counters.protocol_errors += 1
         if self.session is None and error.code is ReasonCode.UNSUPPORTED_PROTOCOL_VERSION:
             # In the form of 3.1.1, which every client understands.
@@ -502,7 +501,7 @@ class Connection:
 
     def revoke(self, now: float) -> None:
         """End the connection because its client's certificate was revoked."""
-        self._broker.now = now
+        self._router.now = now
         self.close(ReasonCode.NOT_AUTHORIZED)
 
     def close(self, code: ReasonCode) -> None:
@@ -515,7 +514,7 @@ class Connection:
 
     def connection_lost(self, now: float) -> None:
         """The transport is gone."""
-        self._broker.now = now
+        self._router.now = now
         self._out = []
         self._end()
         self._broker.forget_connection(self)
@@ -526,4 +525,4 @@ class Connection:
             self._rest, self._partial = b"", None
             self._tickets.clear()
             self._broker.detach(self)
-        self._broker.mark_dirty(self)
+        self._router.mark_dirty(self)

@@ -320,8 +320,7 @@ class EmbeddedBroker:
 
     def received(self) -> None:
         """Bytes were taken: answer soon, or at once if others must not be read any more in this turn of the loop."""
-        if self._core is not None and self._core.urgent:
-            self._core.urgent = False
+        if self._core is not None and self._core.take_urgent():
             self._flush()
         else:
             self.schedule_flush()

@@ -7,6 +7,7 @@ import ssl
 from collections import deque
 from typing import Any, ClassVar, TypeVar
 
+from fleetfed.broker.codec import decode, encode
 from fleetfed.broker.packets import (
     ConnAck,
     Connect,
@@ -25,8 +26,6 @@ from fleetfed.broker.packets import (
     UnsubAck,
     Unsubscribe,
     Will,
-    decode,
-    encode,
 )
 from fleetfed.broker.properties import Properties
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 import pytest
 
 from fleetfed.broker.acl import Acl, parse_acl
+from fleetfed.broker.codec import decode, encode, frame
 from fleetfed.broker.config import Limits
 from fleetfed.broker.connection import Connection
 from fleetfed.broker.core import Broker
@@ -26,9 +27,6 @@ from fleetfed.broker.packets import (
     Subscribe,
     Subscription,
     Will,
-    decode,
-    encode,
-    frame,
 )
 from fleetfed.broker.properties import Property
 from fleetfed.broker.sessions import Message
@@ -143,9 +141,9 @@ def check(world: World) -> None:
     for session in (*online, *offline):
         assert session.pending_bytes == sum(item.message.size for item in session.deliveries())
     messages = {id(item.message): item.message for session in online for item in session.deliveries()}
-    retained = {id(message) for _, message in broker._retained._tree.items()}
-    assert broker.memory == sum(item.size for key, item in messages.items() if key not in retained)
-    assert broker._offline_bytes == sum(session.pending_bytes for session in offline)
+    retained = {id(message) for _, message in broker.router.retained._tree.items()}
+    assert broker.router.memory == sum(item.size for key, item in messages.items() if key not in retained)
+    assert broker.router.offline_bytes == sum(session.pending_bytes for session in offline)
 
 
 # ---------------------------------------------------------------------------------------------- flow control
@@ -377,12 +375,12 @@ def test_churn_leaves_nothing_behind(world: World) -> None:
         peer.publish(f"t/{number}")
         peer.lose()
     world.broker.take_dirty()
-    assert len(world.broker._connections) == 0
+    assert len(world.broker.router.connections) == 0
     assert len(world.broker._timers) <= 110, "one timer for each of the hundred sessions that stay"
     world.pass_time(8 * 86_400)
     assert len(world.broker._sessions) == 0
     assert len(world.broker._timers) == 1
-    assert world.broker._tree._root.is_empty()
+    assert world.broker.router._tree._root.is_empty()
 
 
 # ---------------------------------------------------------------------------------------------- time
@@ -527,7 +525,7 @@ def test_many_half_full_stalled_subscribers_cannot_hold_the_publishers_for_ever(
     assert not publisher.connection.wants_read
     assert not bystander.connection.wants_read
     # Whoever gets something to acknowledge is read again.
-    world.broker._deliver(world.broker._sessions["b"], _message("x"), 1, False)
+    world.broker.router.deliver(world.broker._sessions["b"], _message("x"), 1, False)
     assert bystander.connection.wants_read
     bystander.send(*(PubAck(packet_id=item.packet_id) for item in bystander.get(Publish)))
     world.pass_time(28)
@@ -610,4 +608,19 @@ def test_acknowledgements_keep_the_order_of_the_messages() -> None:
 
     assert drain("b") == []
     assert drain("a") == [1, 2, 3]
+    check(world)
+
+
+def test_a_shared_group_spares_its_slow_and_absent_members() -> None:
+    world = World(Limits(high_water=10 * KB))
+    slow, fast, absent = (world.peer(name, clean=False) for name in ("slow", "fast", "absent"))
+    for peer in (slow, fast, absent):
+        peer.subscribe("$share/g/t")
+    absent.lose()
+    slow.subscribe("own")
+    publisher = world.peer("p")
+    publisher.publish("own", bytes(20 * KB))
+    for packet_id in range(2, 12):
+        publisher.publish("t", packet_id=packet_id)
+    assert len(fast.get(Publish)) == 10
     check(world)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetfed.broker.acl import Acl
+from fleetfed.broker.codec import decode, encode, frame
 from fleetfed.broker.config import Limits
 from fleetfed.broker.core import Broker
 from fleetfed.broker.packets import (
@@ -32,9 +33,6 @@ from fleetfed.broker.packets import (
     UnsubAck,
     Unsubscribe,
     Will,
-    decode,
-    encode,
-    frame,
 )
 from fleetfed.broker.properties import PacketError, Property, ReasonCode, read_varint, write_varint
 from fleetfed.shared.errors import LocalProtocolError

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from fleetfed.broker.codec import encode
 from fleetfed.broker.config import BrokerConfig, Limits
 from fleetfed.broker.core import Broker
 from fleetfed.broker.embedded import EmbeddedBroker
 from fleetfed.broker.mosquitto import MosquittoProcess, find_mosquitto
-from fleetfed.broker.packets import V5, Connect, PubAck, Publish, Subscribe, Subscription, encode
+from fleetfed.broker.packets import V5, Connect, PubAck, Publish, Subscribe, Subscription
 from fleetfed.broker.persistence import SqliteStore
 from fleetfed.broker.properties import Property
 from fleetfed.shared.errors import StorageError
