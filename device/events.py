@@ -106,9 +106,13 @@ class Disconnected:
 
 @dataclass(frozen=True, slots=True)
 class NodeBorn:
-    """The gateway of our site says that it is ready; ``session`` is new whenever its process is."""
+    """The gateway of our site says that it is ready: it started, or has a connection again.
 
-    session: int
+    Attributes:
+        retained: it said so earlier; this is the broker's copy.
+    """
+
+    retained: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,8 +38,14 @@ class Inbound:
         self._own = certificate
         self._keep_revocations = keep_revocations
 
-    def event(self, topic: str, payload: bytes, now: int) -> Any | None:
+    def event(self, topic: str, payload: bytes, now: int, *, retained: bool = False) -> Any | None:
         """The event that a message is; None where there is nothing to do.
+
+        Args:
+            topic: what it came on.
+            payload: as received.
+            now: unix milliseconds.
+            retained: whether it is a copy that the broker had kept.
 
         Raises:
             RemoteProtocolError: the message is refused, and why.
@@ -63,7 +69,7 @@ class Inbound:
                 return self._plan(payload, now)
             case BroadcastTopic(what=Broadcast.NODE):
                 presence = codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE)
-                return NodeBorn(presence.session) if presence.life is Life.READY else None
+                return NodeBorn(retained) if presence.life is Life.READY else None
             case BroadcastTopic(what=Broadcast.REVOKED):
                 self.revocations(payload, now)
             case MemberTopic(member=member, verb=Verb.RECEIPT) if member == self._own.id:

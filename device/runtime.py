@@ -34,7 +34,7 @@ from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.sequence import SequenceFile
 from fleetfed.shared.trust.signer import Message
 from fleetfed.shared.wire import codec
-from fleetfed.shared.wire.envelope import Digest, MessageKind
+from fleetfed.shared.wire.envelope import Digest, MessageKind, digest
 from fleetfed.shared.wire.messages import Decline, Life, Need, Plan, Presence
 from fleetfed.shared.wire.topics import Broadcast, Kind, SiteTopics, Verb
 
@@ -192,7 +192,7 @@ class DeviceRuntime:
 
     def _receive(self, message: Received) -> None:
         try:
-            event = self._inbound.event(message.topic, message.payload, self._clock())
+            event = self._inbound.event(message.topic, message.payload, self._clock(), retained=message.retained)
         except RemoteProtocolError as error:
             self._reject(error.reason, f"{message.topic}: {error.detail}")
             event = None
@@ -321,7 +321,7 @@ class DeviceRuntime:
         self._status.training(order.plan.round, self._clock())
         card = self._store.card(order.model)
         seed = self._settings.run.seed
-        own = int.from_bytes(self._certificate.public_key[:8], "little")
+        own = int.from_bytes(digest(self._certificate.id.encode())[:8], "little")
         self._worker.start(
             Job(
                 plan=order.plan,
@@ -329,7 +329,7 @@ class DeviceRuntime:
                 card=card,
                 model=self._store.model_path(order.model),
                 residual=lambda: self._store.residual(card.layout),
-                # The device's own key keeps two devices with one seed from making the same noise.
+                # The device's own id keeps two devices with one seed from making the same noise.
                 seed=[seed, order.plan.round, own] if seed else None,
             )
         )

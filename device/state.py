@@ -3,7 +3,7 @@
 Rules (`docs/protocol.md`, "Device"):
 
 1. One answer per plan, ever: an update or a decline. It is durable before it is sent, and sent again as the same bytes
-   after every connect, whenever the gateway is born anew, and with back-off, until its receipt or its round's end.
+   after every connect, whenever the gateway announces itself, and with back-off, until its receipt or its round's end.
 2. A plan waits for its model; the model that training needs may be the newest or the one before it.
 3. A later plan, the end of the round, or the plan's deadline stops training; a stopped plan is not answered.
 4. A refusal brings the old residual back, except where it only means "not now" (`RejectReason.OVERLOADED`).
@@ -60,7 +60,6 @@ from fleetfed.shared.wire.selection import selected
 FIRST_RESEND: Final = 5_000
 """Milliseconds without a receipt until the first repetition; it doubles after each."""
 LONGEST_RESEND: Final = 300_000
-_JUST_NOW: Final = 1_000
 
 
 class DeviceState(StrEnum):
@@ -186,9 +185,7 @@ class DeviceMachine(Machine[DeviceState]):
         self._plan_hash = Digest(b"")
         self._over = 0
         self._storing = False
-        self._node: int | None = None
         self._online = False
-        self._sent_at = 0
         self._resend_at: int | None = None
         self._resend_after = FIRST_RESEND
 
@@ -236,11 +233,8 @@ class DeviceMachine(Machine[DeviceState]):
         return self.sync.disconnected()
 
     def _on_node_born(self, event: NodeBorn, now: int) -> list[Any]:
-        known, self._node = self._node, event.session
-        # The retained birth follows every connect: what was sent a moment ago for the connect is not sent twice.
-        if known == event.session or now - self._sent_at < _JUST_NOW:
-            return []
-        return self._send_again(now)
+        # The broker's copy follows every connect of ours, for which everything was just sent.
+        return [] if event.retained else self._send_again(now)
 
     def _send_again(self, now: int) -> list[Any]:
         answer = self.answer
@@ -251,7 +245,6 @@ class DeviceMachine(Machine[DeviceState]):
             return []
         self._resend_after = FIRST_RESEND
         self._resend_at = now + self._resend_after
-        self._sent_at = now
         return [SendAnswer(answer)]
 
     # --- Model --------------------------------------------------------------------------------------------------------

@@ -420,14 +420,14 @@ def snapshot(directory: Path) -> dict[str, Any]:
     }
     for model in facts.models:
         assert store.card(model) == MODEL.card
-    leftovers = [path for path in directory.rglob("*.new")]
+    leftovers = list(directory.rglob("*.new"))
     store.close()
     assert leftovers == []
     return seen
 
 
 def install_second(store: Store) -> None:
-    file, reference, blob = version_two()
+    file, reference, _ = version_two()
     store.install_patches(store.facts().models[0], (reference,), manifest(2, file, reference))
 
 

@@ -235,6 +235,9 @@ class LoneGateway:
             return
         if isinstance(item, Connected):
             self._connects += 1
+            if self._connects > 1:
+                # As every node does: whoever sent something meanwhile sends it again.
+                self.say_ready()
         elif isinstance(item, Received):
             self._received(item)
             self.session.ack(item)

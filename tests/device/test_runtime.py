@@ -1,0 +1,471 @@
+"""The device as a whole: a real process or thread, a real broker with mutual TLS, a gateway that signs for real."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fleetfed_testing.brokers import RunningBroker
+from fleetfed_testing.lone_gateway import Authority, LoneGateway, manifest_of, plan_for, signer_of, write_settings
+
+from fleetfed.cloud_coordinator import zoo
+from fleetfed.cloud_coordinator.pki import Role as TlsRole
+from fleetfed.device import config
+from fleetfed.device.runtime import DeviceRuntime
+from fleetfed.device.store import Store
+from fleetfed.device.trainer import Trained, Trainer, make_trainer
+from fleetfed.shared.aggregate.accumulator import Accumulator, Ring
+from fleetfed.shared.aggregate.body import decode_body
+from fleetfed.shared.aggregate.lanes import levels
+from fleetfed.shared.clock import unix_ms
+from fleetfed.shared.errors import RejectReason
+from fleetfed.shared.model.card import ModelCard
+from fleetfed.shared.model.patch import make_patch
+from fleetfed.shared.trust.certificates import Role
+from fleetfed.shared.wire.blobs import Publishable, publishable
+from fleetfed.shared.wire.envelope import Head, MessageKind
+from fleetfed.shared.wire.messages import DeclineReason, Life, Manifest, Outcome, PatchRef, Revocations, Training
+from fleetfed.shared.wire.topics import Broadcast
+from fleetfed.shared.wire.update import UpdateExtension
+
+MODEL = zoo.load("digits", seed=1)
+CARD = MODEL.card
+
+
+def digest(file: bytes) -> bytes:
+    return hashlib.sha256(file).digest()
+
+
+def write_data(directory: Path, examples: int = 100) -> None:
+    rng = np.random.default_rng(5)
+    y = rng.integers(0, 10, examples)
+    x = rng.normal(0, 0.1, (examples, *CARD.input_shape)).astype(np.float32)
+    x[np.arange(examples), y % 8, :, 0] += 1
+    np.savez(directory / "data.npz", x=x, y=y)
+
+
+class Site:
+    """A broker, a gateway that does as told, and one device's folder."""
+
+    def __init__(self, directory: Path, broker: RunningBroker) -> None:
+        self.directory = directory
+        self.broker = broker
+        self.authority = Authority()
+        self.gateway = LoneGateway(broker.config("g-north", TlsRole.GATEWAY), self.authority)
+        self.manifest, self.blobs = manifest_of(MODEL.data, CARD, version=1, sha256=digest(MODEL.data))
+        self.device = self.authority.member(Role.DEVICE, "d-1")
+        self.rounds = itertools.count(1)
+        write_data(directory)
+        self._running: list[Callable[[], Any]] = []
+
+    @property
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = json.loads((self.directory / "state" / "status.json").read_text())
+        return status
+
+    def settings(self, text: str = '[data]\npath = "data.npz"\n[run]\nlog_level = "debug"') -> Path:
+        return write_settings(self.directory, self.device, self.broker.config("d-1"), text)
+
+    def thread(self, *, text: str | None = None, trainer: Trainer | None = None) -> Callable[[], None]:
+        """Run the device in a thread of this process; returns what stops it."""
+        settings = config.load(self.settings() if text is None else self.settings(text))
+        runtime = DeviceRuntime(
+            settings, self.device, Store(settings.state), trainer or make_trainer(settings), software="test"
+        )
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                runtime.run()
+            except BaseException as error:  # noqa: BLE001
+                failures.append(error)
+
+        thread = threading.Thread(target=run, name="device")
+        thread.start()
+
+        def stop() -> None:
+            runtime.request_stop()
+            thread.join(15)
+            assert not thread.is_alive()
+            assert not failures, failures
+
+        self._running.append(stop)
+        return stop
+
+    def process(self, text: str | None = None) -> subprocess.Popen[bytes]:
+        """Run the device as a program."""
+        path = self.settings() if text is None else self.settings(text)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fleetfed.device", "run", "--config", str(path)], stderr=subprocess.PIPE
+        )
+        self._running.append(lambda: end(process))
+        return process
+
+    def publish_model(self) -> None:
+        self.gateway.publish_model(self.manifest, self.blobs)
+
+    def next_plan(self, **changes: Any) -> Any:
+        """Publish the next plan; returns it and its hash."""
+        plan = plan_for(CARD, self.manifest, round_=next(self.rounds), **changes)
+        return plan, self.gateway.publish_plan(plan)
+
+    def update(self, number: int = 1) -> tuple[Head, bytes]:
+        """Wait for so many updates in all; the last."""
+        self.gateway.wait(lambda: len(self.gateway.updates) >= number)
+        _, head, body = self.gateway.updates[number - 1]
+        return head, body
+
+    def wait_status(self, condition: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+        def holds() -> bool:
+            try:
+                return bool(condition(self.status))
+            except (OSError, IndexError):
+                return False
+
+        self.gateway.wait(holds)
+        return self.status
+
+    def close(self) -> None:
+        for stop in reversed(self._running):
+            stop()
+        self.gateway.close()
+
+
+def end(process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGKILL) -> str:
+    """End a process that may have ended; what it logged."""
+    if process.stderr is None or process.stderr.closed:
+        return ""
+    process.send_signal(how)
+    return process.communicate(timeout=15)[1].decode()
+
+
+@pytest.fixture
+def site(tmp_path: Path, mosquitto_broker: Callable[..., RunningBroker]) -> Iterator[Site]:
+    site = Site(tmp_path, mosquitto_broker())
+    yield site
+    site.close()
+
+
+pytestmark = [pytest.mark.mosquitto]
+
+
+def next_version(site: Site, step: float, *, bits: int = 4) -> tuple[Manifest, tuple[Publishable, ...], bytes]:
+    """Version 2 with its patch."""
+    made = make_patch(MODEL.data, np.full(CARD.parameters, step), CARD.table, bits=bits)
+    blob = publishable(made.patch)
+    patch = PatchRef(
+        base_version=1,
+        base_sha256=digest(MODEL.data),
+        target_version=2,
+        target_sha256=made.target_sha256,
+        blob=blob.ref,
+    )
+    manifest, blobs = manifest_of(made.file, CARD, version=2, sha256=made.target_sha256, patches=((patch, blob),))
+    return manifest, blobs, made.file
+
+
+def test_a_round_and_the_patch_after_it(site: Site) -> None:
+    """The update is what the plan asks for, adds up, and the next version arrives as a patch."""
+    stop = site.thread()
+    site.publish_model()
+    plan, plan_hash = site.next_plan()
+    head, body = site.update()
+    extension = UpdateExtension.decode(head)
+    assert head.header.round == plan.round
+    assert extension.plan == plan_hash
+    assert extension.model_sha256 == digest(MODEL.data)
+    sizes = tuple(slot.size for slot in CARD.tensors)
+    q = plan.quantization
+    ring = Ring.of(sizes, bits=q.bits, lane_bits=q.lane_bits, weight_cap=q.weight_cap)
+    values, meta = decode_body(body, dimension=plan.dimension, limit=levels(q.bits), meta_words=extension.meta_words)
+    accumulator = Accumulator(ring, capacity=10)
+    accumulator.accumulate(values, meta)
+    summed = accumulator.report().meta()
+    assert summed.count == 1
+    assert summed.weight == 80
+    assert summed.examples == 80
+    assert summed.holdout_examples == 20
+    assert np.count_nonzero(values) > 100
+    manifest, blobs, file = next_version(site, 0.01)
+    site.gateway.publish_model(manifest, blobs, missing=frozenset())
+    site.gateway.end_round(plan.round, plan_hash, version=2)
+    status = site.wait_status(lambda s: s["model_version"] == 2 and s["rounds"][-1]["outcome"] == "accepted")
+    assert status["model_sha256"] == hashlib.sha256(file).hexdigest()
+    assert status["rejected"] == {}
+    assert status["rounds"][0]["steps"] == 5
+    stop()
+    site.gateway.wait(lambda: site.gateway.presence["d-1"].life is Life.SLEEPING)
+    assert len(site.gateway.updates) == 1
+
+
+def test_error_feedback_of_an_accepted_update_reaches_the_next(site: Site) -> None:
+    """A trainer that never moves: what the first round lost is all that the second can send."""
+
+    class Tiny:
+        rounds = 0
+
+        def prepare(self, card: ModelCard) -> str:
+            return ""
+
+        def train(self, task: Any) -> Trained:
+            self.rounds += 1
+            delta = np.full(task.card.parameters, 1e-3 if self.rounds == 1 else 0.0, dtype=np.float32)
+            return Trained(delta=delta, examples=1000, seen=1000, steps=1, training_loss=0.0)
+
+    site.thread(trainer=Tiny())
+    site.publish_model()
+    sums = []
+    for number in (1, 2):
+        plan, _ = site.next_plan(clip=0.07)
+        _, body = site.update(number)
+        values, _ = decode_body(body, dimension=plan.dimension, limit=7, meta_words=7 + 2 * len(CARD.tensors))
+        sums.append(values.astype(int))
+        site.wait_status(lambda s, n=number: s["rounds"][n - 1]["outcome"] == "accepted")
+    # Grid steps are 0.01: a tenth of them rounds up, nothing else; the lost tenths add up to nearly nothing.
+    assert 0.05 < sums[0].mean() < 0.15
+    assert abs(sums[1].mean()) < 0.05
+    assert np.count_nonzero(sums[1]) > 0
+
+
+def test_a_refused_update_brings_the_old_residual_back(site: Site) -> None:
+    site.gateway.receipts = RejectReason.OUT_OF_RANGE
+    stop = site.thread()
+    site.publish_model()
+    site.next_plan()
+    site.wait_status(lambda s: s["rounds"][0]["outcome"] == "refused:out_of_range")
+    stop()
+    store = Store(site.directory / "state")
+    assert store.residual(CARD.layout) is None
+    store.close()
+
+
+def test_asleep_during_the_announcement(site: Site) -> None:
+    """Everything was said before it woke."""
+    site.publish_model()
+    site.next_plan()
+    site.thread()
+    head, _ = site.update()
+    assert head.header.round == 1
+
+
+def test_a_restart_sends_the_same_bytes(site: Site) -> None:
+    site.gateway.receipts = "silent"
+    stop = site.thread()
+    site.publish_model()
+    site.next_plan()
+    site.update(1)
+    stop()
+    site.gateway.wait(lambda: site.gateway.presence["d-1"].life is Life.SLEEPING)
+    site.gateway.receipts = None
+    site.thread()
+    site.update(2)
+    assert site.gateway.messages[0] == site.gateway.messages[1]
+    site.wait_status(lambda s: s["rounds"][0]["outcome"] == "accepted")
+
+
+def test_a_broker_that_goes_away_and_comes_back(site: Site) -> None:
+    site.gateway.receipts = "silent"
+    site.thread()
+    site.publish_model()
+    site.next_plan()
+    site.update(1)
+    site.broker.restart()
+    site.update(2)
+    assert site.gateway.messages[0] == site.gateway.messages[1]
+
+
+def test_the_end_of_the_round_stops_training(site: Site) -> None:
+    began, cancelled = threading.Event(), threading.Event()
+
+    class Endless:
+        def prepare(self, card: ModelCard) -> str:
+            return ""
+
+        def train(self, task: Any) -> Trained:
+            began.set()
+            while not task.cancelled():
+                time.sleep(0.005)
+            cancelled.set()
+            raise RuntimeError("nobody listens")
+
+    site.thread(trainer=Endless())
+    site.publish_model()
+    plan, plan_hash = site.next_plan()
+    site.gateway.wait(began.is_set)
+    site.gateway.end_round(plan.round, plan_hash, Outcome.ABORTED)
+    site.gateway.wait(cancelled.is_set)
+    site.wait_status(lambda s: s["rounds"][0]["outcome"] == "cancelled")
+    assert site.gateway.updates == []
+
+
+def test_what_cannot_train_declines(site: Site) -> None:
+    site.thread(text='[data]\npath = "data.npz"\nscale = 1e9')
+    site.publish_model()
+    site.next_plan(training=Training(learning_rate=1000.0, epochs=30, momentum=0.99))
+    site.gateway.wait(lambda: site.gateway.declines)
+    _, decline = site.gateway.declines[0]
+    assert decline.reason is DeclineReason.DIVERGED
+    site.next_plan(dimension=CARD.parameters - 1)
+    site.gateway.wait(lambda: len(site.gateway.declines) == 2)
+    assert site.gateway.declines[1][1].reason is DeclineReason.TRAINING_FAILED
+    site.wait_status(lambda s: [r["outcome"] for r in s["rounds"]] == ["declined:diverged", "declined:training_failed"])
+
+
+@pytest.mark.slow
+def test_chunks_that_the_broker_lost_are_asked_for(site: Site) -> None:
+    site.thread()
+    site.gateway.publish_model(site.manifest, site.blobs, missing=frozenset({0}))
+    site.gateway.wait(lambda: site.gateway.needs, timeout=40)
+    assert site.gateway.needs[0].missing == (0,)
+
+
+def test_bad_input_is_counted_and_changes_nothing(site: Site) -> None:
+    """Attacks, one after the other, on a device that holds version 1; then an honest round."""
+    gateway = site.gateway
+    site.thread()
+    site.publish_model()
+    site.wait_status(lambda s: s["model_version"] == 1)
+    before = site.status["model_sha256"]
+    model, plan = gateway.topics.broadcast(Broadcast.MODEL), gateway.topics.broadcast(Broadcast.PLAN)
+    manifest, _, _ = next_version(site, 0.01)
+    stranger = signer_of(Authority().member(Role.COORDINATOR, "coordinator", "_"))
+    traitor = signer_of(site.authority.member(Role.GATEWAY, "g-north"))
+    honest = gateway.coordinator
+    now = unix_ms()
+    good = honest.sign(MessageKind.MANIFEST, manifest, now=now).encode()
+    attacks = [
+        (model, b"garbage", "truncated"),
+        (plan, os.urandom(3000), "malformed"),
+        (plan, good, "malformed"),
+        (model, good[:-1], "truncated"),
+        (model, good[:200] + bytes([good[200] ^ 1]) + good[201:], None),
+        (model, good[:-1] + bytes([good[-1] ^ 1]), "body_mismatch"),
+        (model, stranger.sign(MessageKind.MANIFEST, manifest, now=now).encode(), "bad_certificate"),
+        (model, traitor.sign(MessageKind.MANIFEST, manifest, now=now).encode(), "wrong_role"),
+        (model, honest.sign(MessageKind.MANIFEST, manifest, now=now - 9000, lifetime=1000).encode(), "expired"),
+        (model, honest.sign(MessageKind.MANIFEST, b"\xc1", now=now).encode(), "malformed"),
+    ]
+    counted: dict[str, int] = {}
+    for number, (topic, payload, reason) in enumerate(attacks, start=1):
+        gateway.publish(topic, payload)
+        status = site.wait_status(lambda s, n=number: sum(s["rejected"].values()) == n)
+        if reason is not None:
+            assert status["rejected"].get(reason, 0) == counted.get(reason, 0) + 1, (number, status["rejected"])
+        counted = status["rejected"]
+    # A patch that makes another file than promised; the full file that follows it is not there.
+    _, wrong, _ = next_version(site, 0.02)
+    patch = dataclasses.replace(manifest.patches[0], blob=wrong[-1].ref)
+    gateway.publish_model(dataclasses.replace(manifest, patches=(patch,)), wrong[-1:])
+    site.wait_status(lambda s: s["rejected"].get("body_mismatch") == counted["body_mismatch"] + 1)
+    assert site.status["model_sha256"] == before
+    assert site.status["model_version"] == 1
+    plan_, _ = site.next_plan()
+    head, _ = site.update()
+    assert head.header.round == plan_.round
+
+
+def test_a_revoked_coordinator_is_not_believed_also_after_a_restart(site: Site) -> None:
+    stop = site.thread()
+    site.publish_model()
+    site.wait_status(lambda s: s["model_version"] == 1)
+    serial = site.gateway.coordinator.certificate.serial
+    authority = Authority(site.authority.fleet)
+    authority.key = site.authority.key
+    signer = signer_of(_as_authority(site.authority))
+    message = signer.sign(MessageKind.REVOCATIONS, Revocations(version=2, serials=(serial,)), now=unix_ms())
+    site.gateway.publish(site.gateway.topics.broadcast(Broadcast.REVOKED), message.encode())
+    site.next_plan()
+    site.wait_status(lambda s: s["rejected"].get("revoked") == 1)
+    stop()
+    site.gateway.session.publish(site.gateway.topics.broadcast(Broadcast.REVOKED), b"", retain=True)
+    site.thread()
+    # The manifest and the plan, both retained.
+    site.wait_status(lambda s: s["rejected"].get("revoked", 0) >= 3)
+    assert site.gateway.updates == []
+
+
+def _as_authority(authority: Authority) -> Any:
+    """The authority's own identity: it signs revocations under a certificate of its own."""
+    from fleetfed.shared.trust import certificates
+    from fleetfed.shared.trust.certificates import Certificate
+    from fleetfed.shared.trust.identity import Identity
+
+    now = unix_ms()
+    certificate = Certificate(
+        serial=0,
+        role=Role.AUTHORITY,
+        fleet=authority.fleet,
+        id="authority",
+        site="_",
+        not_before=now - 1000,
+        not_after=now + 10**9,
+        public_key=authority.key.public,
+    )
+    return Identity(
+        key=authority.key,
+        certificate=certificate,
+        encoded_certificate=certificates.issue(certificate, authority.key),
+        authority_key=authority.key.public,
+    )
+
+
+SLOW_TRAINER = """
+import os, time
+from pathlib import Path
+import numpy as np
+from fleetfed.device.trainer import Trained
+
+HERE = Path(__file__).parent
+
+class Slow:
+    def prepare(self, card): return ""
+    def train(self, task):
+        (HERE / "began").write_text("")
+        while not (HERE / "go").exists():
+            time.sleep(0.005)
+        delta = task.rng.normal(0, 0.01, task.card.parameters).astype(np.float32)
+        return Trained(delta=delta, examples=10, seen=10, steps=1, training_loss=1.0)
+
+def factory(settings): return Slow()
+"""
+
+
+def test_kill_in_mid_training_and_after_the_update(site: Site) -> None:
+    """A real process, SIGKILL twice: it trains again, makes one update, and sends the same bytes after the second."""
+    (site.directory / "slow_trainer.py").write_text(SLOW_TRAINER)
+    text = 'trainer = "slow_trainer:factory"'
+    began, go = site.directory / "began", site.directory / "go"
+    site.publish_model()
+    site.next_plan()
+    first = site.process(text)
+    site.gateway.wait(began.exists)
+    end(first)
+    site.gateway.wait(lambda: site.gateway.presence["d-1"].life is Life.LOST)
+    began.unlink()
+    go.write_text("")
+    site.gateway.receipts = "silent"
+    second = site.process(text)
+    site.update(1)
+    end(second)
+    assert began.exists()
+    site.gateway.receipts = None
+    third = site.process(text)
+    site.update(2)
+    assert site.gateway.messages[0] == site.gateway.messages[1]
+    site.wait_status(lambda s: s["rounds"][0]["outcome"] == "accepted")
+    log = end(third, signal.SIGTERM)
+    assert third.returncode == 0, log
+    site.gateway.wait(lambda: site.gateway.presence["d-1"].life is Life.SLEEPING)
