@@ -109,8 +109,8 @@ class LimitsConfig:
     Attributes:
         assembling_mib: bytes of messages on their way in, all members together; beyond it they are ``overloaded``.
         journal_mib: bytes of updates that one round may put on disk; beyond it they are ``overloaded``.
-        settle: seconds after the start before which a round does not close because all who are present answered:
-            the retained presences may still be on their way.
+        settle: seconds after the first connection to the site before which a round does not close because all who are
+            present answered: retained presences may still be on their way.
     """
 
     assembling_mib: Annotated[int, Range(1, 65_536)] = 256

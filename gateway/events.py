@@ -189,6 +189,13 @@ class Revoked:
 
 
 @dataclass(frozen=True, slots=True)
+class SiteConnected:
+    """The own site's broker is reached for the first time; by ``settled`` its retained presences are here."""
+
+    settled: int
+
+
+@dataclass(frozen=True, slots=True)
 class UpstreamConnected:
     """There is a connection to the tier above again."""
 

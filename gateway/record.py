@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 from fleetfed.gateway.events import CommitArrived
 from fleetfed.shared.wire.envelope import Digest, MessageId
 from fleetfed.shared.wire.messages import Plan
+
+NEVER: Final = 1 << 62
+"""A time that does not come."""
 
 
 class RoundState(StrEnum):
@@ -83,14 +87,15 @@ class Place:
         gateway: its id.
         direct: whether the coordinator serves its upstream site.
         level: 0 with devices alone below it.
-        settled: unix milliseconds before which presence is not complete, because the program has just started.
+        settled: unix milliseconds before which presence is not complete, because the program has just started; until
+            then a round closes at its deadline alone.
         journal_limit: bytes that one round may take on disk.
     """
 
     gateway: str
     direct: bool
     level: int = 0
-    settled: int = 0
+    settled: int = NEVER
     journal_limit: int = 1 << 30
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 from fleetfed.gateway import events as ev
@@ -269,6 +269,10 @@ class RoundMachine(Machine[RoundState]):
             self.expected.discard(name)
         return self._close_if_due(now)
 
+    def _site_connected(self, event: ev.SiteConnected, now: int) -> list[Any]:
+        self.place = replace(self.place, settled=event.settled)
+        return self._close_if_due(now)
+
     def _revoked_now(self, event: ev.Revoked, now: int) -> list[Any]:
         self._revoked = event.serials
         return []
@@ -465,6 +469,7 @@ class RoundMachine(Machine[RoundState]):
         (_S.OPEN, ev.DeclineArrived): Edge("_take_decline", _S.OPEN, _S.PROPOSED),
         (_S.OPEN, ev.ChildProposed): Edge("_take_proposal", _S.OPEN, _S.PROPOSED),
         (_S.OPEN, MemberChanged): Edge("_member_changed", _S.OPEN, _S.PROPOSED),
+        (_S.OPEN, ev.SiteConnected): Edge("_site_connected", _S.OPEN, _S.PROPOSED),
         (_S.OPEN, TimerFired): Edge("_timer", _S.OPEN, _S.PROPOSED),
         (_S.OPEN, ev.CommitArrived): Edge("_take_commit"),
         (_S.OPEN, ev.ChildRevealed): Edge("_take_reveal"),
@@ -485,6 +490,7 @@ class RoundMachine(Machine[RoundState]):
         **{(state, ev.DeclineArrived): Edge("_take_decline") for state in _PAST},
         **{(state, ev.ChildProposed): Edge("_take_proposal") for state in _PAST},
         **{(state, MemberChanged): Edge("_ignore") for state in _PAST},
+        **{(state, ev.SiteConnected): Edge("_ignore") for state in _PAST},
         **{(state, TimerFired): Edge("_timer") for state in _PAST},
         **{(state, ev.ChildRevealed): Edge("_take_reveal") for state in (_S.PROPOSED, _S.REVEALED, _S.CLOSED)},
         **{(state, ev.Revoked): Edge("_revoked_now") for state in (_S.OPEN, *_PAST)},

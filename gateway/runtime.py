@@ -125,7 +125,6 @@ class Gateway:
         place = Place(
             gateway=self.id,
             direct=config.upstream.site == CLOUD_SITE,
-            settled=unix_ms() + round(1000 * config.limits.settle),
             journal_limit=config.limits.journal_mib * _MIB,
         )
         self.machine = GatewayMachine(certificate.site, place, last_round=stored.last_round, previous=stored.previous)
@@ -310,7 +309,9 @@ class Gateway:
             self.relay.resume()
         birth = self._presence(Life.READY, since=unix_ms())
         await self._below.publish(self.site.broadcast(Broadcast.NODE), birth, retain=True)
-        self._site_up.set()
+        if first:
+            self._fed(ev.SiteConnected(unix_ms() + round(1000 * self.config.limits.settle)))
+            self._site_up.set()
 
     async def _on_above(self, session_present: bool) -> None:
         # Ready means: can serve. Nobody need wait for a gateway that does not reach its own site.

@@ -351,6 +351,10 @@ class GatewayMachine(Machine[GatewayState]):
     def _timer(self, event: TimerFired, now: int) -> list[Any]:
         return [*self._to_round(event, now), *self._send_census(now)]
 
+    def _site_connected(self, event: ev.SiteConnected, now: int) -> list[Any]:
+        self.place = replace(self.place, settled=event.settled)
+        return self._to_round(event, now)
+
     def _connect(self, event: ev.UpstreamConnected, now: int) -> list[Any]:
         self._connected = True
         # The broker may have lost the retained one.
@@ -375,6 +379,7 @@ class GatewayMachine(Machine[GatewayState]):
         **{(state, ev.PresenceArrived): Edge("_presence") for state in _ANY},
         **{(state, ev.CensusArrived): Edge("_census_below") for state in _ANY},
         **{(state, ev.Revoked): Edge("_revoked") for state in _ANY},
+        **{(state, ev.SiteConnected): Edge("_site_connected") for state in _ANY},
         **{(state, ev.UpstreamConnected): Edge("_connect") for state in _ANY},
         **{(state, ev.UpstreamLost): Edge("_disconnect") for state in _ANY},
         **{(state, TimerFired): Edge("_timer") for state in _ANY},

@@ -110,7 +110,7 @@ class Site:
         return SiteTopics("demo", "_")
 
     async def publish_model(self, coordinator: Peer, version: int) -> None:
-        manifest, objects = self.fleet.model(version)
+        _, objects = self.fleet.model(version)
         for item in objects:
             for index in range(len(item.ref.parts) // 16):
                 await coordinator.session.publish(self.up.blob(item.ref.digest, index), item.chunk(index), retain=True)

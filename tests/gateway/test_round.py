@@ -1,0 +1,635 @@
+"""The machines without I/O: when a round closes, what is answered how, and what no order of events can change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from fleetfed_testing.signed_fleet import T0, SignedFleet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetfed.gateway import events as ev
+from fleetfed.gateway.record import NEVER, Accepted, Child, Place, RoundRecord, RoundState, Sent, close_time
+from fleetfed.gateway.round import LONELY, RETRY, RETRY_CAP, MemberChanged, RoundMachine
+from fleetfed.gateway.state import CENSUS_EVERY, CENSUS_SOON, GatewayMachine, GatewayState
+from fleetfed.shared.errors import IllegalTransitionError, RejectReason
+from fleetfed.shared.machine import TimerFired
+from fleetfed.shared.wire.envelope import Digest, MessageId, digest
+from fleetfed.shared.wire.messages import Life, Plan, Presence
+from fleetfed.shared.wire.topics import Kind
+
+FLEET = SignedFleet()
+PLAN, MESSAGE = FLEET.plan(1, tiers=2)
+HASH = MESSAGE.head.hash
+
+
+def name_of(text: str) -> MessageId:
+    return MessageId(digest(text.encode())[:16])
+
+
+def update(device: str, *, version: int = 0, plan: bytes = HASH, size: int = 100) -> ev.UpdateArrived:
+    text = f"{device}/{version}"
+    return ev.UpdateArrived(
+        device=device,
+        serial=int.from_bytes(device.encode(), "big"),
+        plan=plan,
+        message_id=name_of(text),
+        head=digest(text.encode()),
+        size=size,
+    )
+
+
+def child(gateway: str, *members: str, version: int = 0) -> ev.ChildProposed:
+    text = f"{gateway}/{version}"
+    return ev.ChildProposed(
+        gateway=gateway,
+        plan=HASH,
+        message_id=name_of(text),
+        head=digest(text.encode()),
+        members=tuple(name_of(f"{member}/0") for member in members),
+        declined={},
+        rejected={},
+        raw=text.encode(),
+    )
+
+
+def child_reveal(gateway: str, count: int, *, commit: bytes, version: int = 0) -> ev.ChildRevealed:
+    text = f"{gateway}/reveal/{version}"
+    return ev.ChildRevealed(
+        gateway=gateway,
+        plan=HASH,
+        commit=commit,
+        message_id=name_of(text),
+        head=digest(text.encode()),
+        count=count,
+        raw=text.encode(),
+    )
+
+
+def commit(*members: str, gateway: str = "g", proposal: bytes | None = None, version: int = 0) -> ev.CommitArrived:
+    text = f"commit/{version}/{sorted(members)}"
+    return ev.CommitArrived(
+        plan=HASH,
+        gateway=gateway,
+        proposal=digest(b"proposal") if proposal is None else proposal,
+        head=digest(text.encode()),
+        members=frozenset(name_of(f"{member}/0") for member in members),
+        raw=text.encode(),
+    )
+
+
+MADE = ev.ProposalMade(message_id=name_of("proposal"), head=digest(b"proposal"), raw=b"proposal")
+
+
+def revealed(by: ev.CommitArrived) -> ev.RevealMade:
+    return ev.RevealMade(plan=HASH, commit=by.head, message_id=name_of("reveal"), raw=b"reveal")
+
+
+Make = Callable[..., RoundMachine]
+
+
+@pytest.fixture
+def make() -> Any:
+    """Makes machines, and checks every invariant of each when the test is over."""
+    made: list[RoundMachine] = []
+
+    def build(*devices: str, gateways: tuple[str, ...] = (), plan: Plan = PLAN, **place: Any) -> RoundMachine:
+        machine = RoundMachine(
+            RoundRecord(plan=plan, hash=HASH),
+            FLEET.ring,
+            Place(**{"gateway": "g", "direct": True, "settled": 0, **place}),
+            devices=devices,
+            gateways=gateways,
+            now=T0,
+        )
+        machine.handle(ev.UpstreamConnected(), T0)
+        made.append(machine)
+        return machine
+
+    yield build
+    for machine in made:
+        machine.validate()
+
+
+def kinds(instructions: list[Any]) -> list[str]:
+    return [type(instruction).__name__ for instruction in instructions]
+
+
+def proposed(machine: RoundMachine, *devices: str, now: int = T0) -> RoundMachine:
+    for device in devices:
+        machine.handle(update(device), now)
+    assert machine.state is RoundState.PROPOSED
+    machine.handle(MADE, now)
+    return machine
+
+
+# --- Closing ---------------------------------------------------------------------------------------------------------
+
+
+def test_it_closes_when_all_expected_have_answered(make: Make) -> None:
+    machine = make("a", "b")
+    assert kinds(machine.handle(update("a"), T0)) == ["StoreUpdate", "SendStoredReceipt"]
+    instructions = machine.handle(update("b"), T0)
+    assert kinds(instructions) == ["StoreUpdate", "SendStoredReceipt", "MakeProposal"]
+    assert kinds(machine.handle(MADE, T0)) == ["StoreProposal", "SendProposal"]
+
+
+def test_a_decline_is_an_answer_and_is_told_upwards(make: Make) -> None:
+    machine = make("a", "b")
+    machine.handle(update("a"), T0)
+    decline = ev.DeclineArrived(device="b", plan=HASH, message_id=name_of("x"), head=digest(b"x"), reason="labels")
+    instructions = machine.handle(decline, T0)
+    assert kinds(instructions) == ["StoreDecline", "SendReceipt", "MakeProposal"]
+    assert instructions[-1].declined == {"labels": 1}
+
+
+def test_a_device_that_declined_may_still_send_an_update(make: Make) -> None:
+    machine = make("a", "b")
+    decline = ev.DeclineArrived(device="a", plan=HASH, message_id=name_of("x"), head=digest(b"x"), reason="busy")
+    machine.handle(decline, T0)
+    machine.handle(update("a"), T0)
+    assert machine.answered == 1
+    assert machine.handle(update("b"), T0)[-1].declined == {}
+
+
+@pytest.mark.parametrize(("fraction", "devices", "needed"), [(0.7, 10, 7), (0.5, 3, 2), (0.01, 5, 1), (1.0, 4, 4)])
+def test_the_quorums_fraction_is_enough(make: Make, fraction: float, devices: int, needed: int) -> None:
+    plan, _ = FLEET.plan(1, quorum=fraction)
+    machine = make(*map(str, range(devices)), plan=plan)
+    for number in range(needed):
+        assert machine.state is RoundState.OPEN
+        machine.handle(update(str(number)), T0)
+    assert machine.state is RoundState.PROPOSED
+
+
+def test_a_lost_device_stays_expected_and_a_disconnected_one_does_not(make: Make) -> None:
+    machine = make("a", "b", "c")
+    machine.handle(update("a"), T0)
+    machine.handle(MemberChanged(kind=Kind.DEVICE, member="b", life=Life.LOST), T0)
+    machine.handle(MemberChanged(kind=Kind.DEVICE, member="c", life=Life.DISCONNECTED), T0)
+    assert machine.state is RoundState.OPEN
+    instructions = machine.handle(MemberChanged(kind=Kind.DEVICE, member="b", life=Life.DISCONNECTED), T0)
+    assert kinds(instructions) == ["MakeProposal"]
+
+
+def test_a_device_that_wakes_is_waited_for(make: Make) -> None:
+    machine = make("a")
+    machine.handle(MemberChanged(kind=Kind.DEVICE, member="b", life=Life.READY), T0)
+    machine.handle(update("a"), T0)
+    assert machine.state is RoundState.OPEN
+    machine.handle(update("b"), T0)
+    assert machine.state is RoundState.PROPOSED
+
+
+def test_it_waits_for_gateways_below_as_well(make: Make) -> None:
+    machine = make("a", gateways=("g-1", "g-2"))
+    machine.handle(update("a"), T0)
+    machine.handle(child("g-1", "x", "y"), T0)
+    assert machine.state is RoundState.OPEN
+    assert kinds(machine.handle(child("g-2"), T0)) == ["StoreChildProposal", "SendStoredReceipt", "MakeProposal"]
+
+
+def test_the_deadline_ends_the_waiting(make: Make) -> None:
+    machine = make("a", "b")
+    machine.handle(update("a"), T0)
+    assert machine.next_deadline() == PLAN.deadline
+    assert machine.handle(TimerFired(), PLAN.deadline - 1) == []
+    assert kinds(machine.handle(TimerFired(), PLAN.deadline)) == ["MakeProposal"]
+
+
+def test_gateways_close_later_the_higher_they_stand() -> None:
+    times = [close_time(PLAN, level) for level in range(PLAN.tiers)]
+    assert times == [T0 + 60_000, T0 + 80_000]
+    assert close_time(PLAN, 7) == PLAN.expires
+
+
+def test_where_nobody_is_expected_it_waits_a_moment(make: Make) -> None:
+    machine = make()
+    assert machine.next_deadline() == T0 + LONELY
+    assert kinds(machine.handle(TimerFired(), T0 + LONELY)) == ["MakeProposal"]
+
+
+def test_after_a_start_it_does_not_trust_presence_at_once(make: Make) -> None:
+    machine = make("a", settled=T0 + 500)
+    machine.handle(update("a"), T0)
+    assert machine.next_deadline() == T0 + 500
+    machine.handle(MemberChanged(kind=Kind.DEVICE, member="b", life=Life.READY), T0 + 100)
+    assert machine.next_deadline() == PLAN.deadline
+
+
+def test_before_the_site_is_reached_it_waits_for_the_deadline(make: Make) -> None:
+    machine = make("a", settled=NEVER)
+    machine.handle(update("a"), T0)
+    assert machine.next_deadline() == PLAN.deadline
+    assert kinds(machine.handle(ev.SiteConnected(T0), T0)) == ["MakeProposal"]
+
+
+def test_updates_of_devices_revoked_meanwhile_are_not_proposed(make: Make) -> None:
+    machine = make("a", "b", "c")
+    machine.handle(update("a"), T0)
+    machine.handle(update("b"), T0)
+    machine.handle(ev.Revoked(serials=frozenset({update("a").serial})), T0)
+    instructions = machine.handle(update("c"), T0)
+    assert kinds(instructions) == ["StoreUpdate", "SendStoredReceipt", "DropUpdates", "MakeProposal"]
+    assert instructions[2] == ev.DropUpdates(message_ids=(name_of("a/0"),), forget=True)
+    assert instructions[3].rejected == {"revoked": 1}
+    assert machine.own_part() == tuple(sorted([name_of("b/0"), name_of("c/0")]))
+
+
+# --- Repetitions -----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_update_again_gets_the_same_receipt_in_every_state(make: Make) -> None:
+    machine = make("a")
+    answer = [ev.SendStoredReceipt(kind=Kind.DEVICE, member="a", message_id=name_of("a/0"))]
+    proposed(machine, "a")
+    for step in (None, commit("a"), revealed(commit("a")), receipt("reveal")):
+        if step is not None:
+            machine.handle(step, T0)
+        assert machine.handle(update("a"), T0)[1:] == answer
+
+
+def receipt(of: str, reason: RejectReason | None = None) -> ev.ReceiptArrived:
+    return ev.ReceiptArrived(message_id=name_of(of), reason=reason)
+
+
+def test_a_childs_proposal_again_gets_the_commit_once_there_is_one(make: Make) -> None:
+    machine = make(gateways=("g-1",))
+    machine.handle(child("g-1", "x"), T0)
+    machine.handle(MADE, T0)
+    assert kinds(machine.handle(child("g-1", "x"), T0)) == ["SendStoredReceipt"]
+    machine.handle(commit("x"), T0)
+    assert machine.handle(child("g-1", "x"), T0) == [ev.SendCommit("g-1")]
+
+
+def test_another_proposal_of_the_same_child_is_a_conflict(make: Make) -> None:
+    machine = make("a", gateways=("g-1",))
+    machine.handle(child("g-1", "x"), T0)
+    assert machine.handle(child("g-1", "y", version=1), T0)[-1].reason is RejectReason.CONFLICT
+
+
+def test_a_childs_proposal_after_the_close_is_late(make: Make) -> None:
+    machine = proposed(make("a"), "a")
+    assert machine.handle(child("g-1", "x"), T0)[-1].reason is RejectReason.LATE
+
+
+def test_children_cannot_exceed_the_cohort(make: Make) -> None:
+    plan, _ = FLEET.plan(1, cohort=2)
+    machine = make("a", gateways=("g-1",), plan=plan)
+    machine.handle(update("a"), T0)
+    assert machine.handle(child("g-1", "x", "y"), T0)[-1].reason is RejectReason.COHORT_FULL
+
+
+# --- Commit and reveal -----------------------------------------------------------------------------------------------
+
+
+def test_what_the_commit_leaves_out_leaves_the_sum(make: Make) -> None:
+    machine = proposed(make("a", "b"), "a", "b")
+    instructions = machine.handle(commit("b"), T0)
+    assert kinds(instructions) == ["StoreCommit", "DropUpdates", "MakeReveal"]
+    assert instructions[1].message_ids == (name_of("a/0"),)
+    assert instructions[2].count == 1
+
+
+def test_the_reveal_waits_for_the_children_that_are_in(make: Make) -> None:
+    machine = make("a", gateways=("g-1", "g-2"))
+    machine.handle(child("g-1", "x", "y"), T0)
+    machine.handle(child("g-2", "z"), T0)
+    proposed(machine, "a")
+    final = commit("a", "x")
+    assert kinds(machine.handle(final, T0)) == ["StoreCommit", "SendCommit", "SendCommit"]
+    wrong = machine.handle(child_reveal("g-1", 2, commit=final.head), T0)
+    assert wrong[-1].reason is RejectReason.OUT_OF_RANGE
+    stranger = machine.handle(child_reveal("g-2", 1, commit=final.head), T0)
+    assert stranger[-1].reason is RejectReason.OUT_OF_RANGE
+    instructions = machine.handle(child_reveal("g-1", 1, commit=final.head), T0)
+    assert kinds(instructions) == ["StoreChildReveal", "SendStoredReceipt", "MakeReveal"]
+    assert instructions[2].count == 2
+    assert kinds(machine.handle(child_reveal("g-1", 1, commit=final.head), T0)) == ["SendStoredReceipt"]
+    other = machine.handle(child_reveal("g-1", 1, commit=final.head, version=1), T0)
+    assert other[-1].reason is RejectReason.CONFLICT
+
+
+def test_a_second_commit_is_a_conflict_and_the_first_counts(make: Make) -> None:
+    machine = proposed(make("a", "b"), "a", "b")
+    machine.handle(commit("a"), T0)
+    assert machine.handle(commit("b", version=1), T0)[0].reason is RejectReason.CONFLICT
+    assert machine.own_part() == (name_of("a/0"),)
+
+
+def test_a_commit_of_what_was_never_proposed_changes_nothing(make: Make) -> None:
+    machine = proposed(make("a"), "a")
+    for bad in (commit("a", "x"), commit("a", gateway="other"), commit("a", proposal=bytes(32))):
+        assert machine.handle(bad, T0)[0].reason is RejectReason.NOT_PROPOSED
+    assert machine.state is RoundState.PROPOSED
+
+
+def test_below_another_gateway_a_commit_names_members_of_others(make: Make) -> None:
+    machine = proposed(make("a", direct=False), "a")
+    assert kinds(machine.handle(commit("a", "x", gateway="above"), T0)) == ["StoreCommit", "MakeReveal"]
+
+
+def test_an_empty_commit_needs_no_reveal(make: Make) -> None:
+    machine = proposed(make("a"), "a")
+    assert kinds(machine.handle(commit(), T0)) == ["StoreCommit", "DropUpdates", "StoreAnswered"]
+    assert machine.state is RoundState.CLOSED
+
+
+def test_proposal_and_reveal_are_sent_again_with_growing_pauses(make: Make) -> None:
+    machine = proposed(make("a"), "a")
+    now, pauses = T0, []
+    for _ in range(6):
+        due = machine.next_deadline()
+        assert due is not None
+        pauses.append(due - now)
+        now = due
+        assert machine.handle(TimerFired(), now) == [ev.SendProposal()]
+    assert pauses == [RETRY, 2 * RETRY, 4 * RETRY, 8 * RETRY, RETRY_CAP, RETRY_CAP]
+    machine.handle(commit("a"), now)
+    assert kinds(machine.handle(revealed(commit("a")), now)) == ["StoreReveal", "SendReveal"]
+    assert machine.next_deadline() == now + RETRY
+
+
+def test_while_the_cloud_is_away_nothing_is_sent_and_then_everything_is(make: Make) -> None:
+    machine = make("a")
+    machine.handle(ev.UpstreamLost(), T0)
+    machine.handle(update("a"), T0)
+    assert kinds(machine.handle(MADE, T0)) == ["StoreProposal"]
+    assert machine.next_deadline() is None
+    assert machine.handle(ev.UpstreamConnected(), T0) == [ev.SendProposal()]
+
+
+def test_a_receipt_ends_the_reveal_and_a_refusal_ends_the_round_here(make: Make) -> None:
+    machine = proposed(make("a"), "a")
+    assert machine.handle(receipt("proposal", RejectReason.OVERLOADED), T0) == []
+    assert machine.handle(receipt("proposal"), T0) == []
+    assert machine.next_deadline() == T0 + RETRY_CAP
+    machine.handle(commit("a"), T0)
+    machine.handle(revealed(commit("a")), T0)
+    assert machine.handle(receipt("unknown"), T0) == []
+    assert kinds(machine.handle(receipt("reveal"), T0)) == ["StoreAnswered"]
+    refused = proposed(make("a"), "a")
+    assert kinds(refused.handle(receipt("proposal", RejectReason.LATE), T0)) == ["Refused", "StoreAnswered"]
+
+
+def test_an_event_that_cannot_happen_names_its_story(make: Make) -> None:
+    with pytest.raises(IllegalTransitionError, match="ProposalMade is not allowed in state open"):
+        make("a").handle(MADE, T0)
+
+
+# --- Any order, any repetition, any crash ----------------------------------------------------------------------------
+
+
+@dataclass
+class Disk:
+    """What an ideal journal holds, and the sum, which is lost in a crash and built again."""
+
+    record: RoundRecord = field(default_factory=lambda: RoundRecord(plan=PLAN, hash=HASH))
+    total: list[str] = field(default_factory=list)
+    receipts: list[tuple[str, MessageId]] = field(default_factory=list)
+    proposals: list[frozenset[MessageId]] = field(default_factory=list)
+    reveals: list[tuple[str, ...]] = field(default_factory=list)
+
+    def perform(self, machine: RoundMachine, instructions: list[Any]) -> None:
+        stored = self.record
+        for step in instructions:
+            match step:
+                case ev.StoreUpdate(update=taken):
+                    accepted = Accepted(taken.message_id, taken.head, taken.serial, taken.size)
+                    assert taken.device not in stored.accepted
+                    stored.accepted[taken.device] = accepted
+                    self.total.append(taken.message_id.hex())
+                case ev.StoreChildProposal(proposal=said):
+                    stored.children[said.gateway] = Child(said.message_id, frozenset(said.members))
+                case ev.MakeProposal():
+                    ids = {each.message_id for each in stored.accepted.values()}
+                    self.proposals.append(frozenset(ids.union(*(c.members for c in stored.children.values()))))
+                    self.perform(machine, machine.handle(MADE, T0))
+                case ev.StoreProposal():
+                    stored.proposal = Sent(MADE.message_id, MADE.head)
+                case ev.StoreCommit():
+                    stored.commit = machine.record.commit
+                case ev.DropUpdates(message_ids=ids):
+                    for message_id in ids:
+                        self.total.remove(message_id.hex())
+                case ev.StoreChildReveal(reveal=said):
+                    old = stored.children[said.gateway]
+                    stored.children[said.gateway] = Child(
+                        old.proposal, old.members, {}, {}, said.message_id, said.count
+                    )
+                    self.total.append(said.gateway)
+                case ev.MakeReveal(commit=head):
+                    self.reveals.append(tuple(sorted(self.total)))
+                    made = ev.RevealMade(plan=HASH, commit=head, message_id=name_of("reveal"), raw=b"")
+                    self.perform(machine, machine.handle(made, T0))
+                case ev.StoreReveal():
+                    assert stored.commit is not None
+                    stored.reveal = Sent(name_of("reveal"), stored.commit.head)
+                case ev.StoreAnswered():
+                    stored.answered = True
+                case ev.SendStoredReceipt(member=member, message_id=message_id):
+                    self.receipts.append((member, message_id))
+                    if member.startswith("d"):
+                        assert stored.accepted[member].message_id == message_id
+
+    def restart(self) -> RoundMachine:
+        """A machine made of what is durable, and the sum of what it says belongs in it."""
+        record = RoundRecord(
+            plan=PLAN,
+            hash=HASH,
+            accepted=dict(self.record.accepted),
+            children=dict(self.record.children),
+            proposal=self.record.proposal,
+            commit=self.record.commit,
+            reveal=self.record.reveal,
+            answered=self.record.answered,
+        )
+        place = Place(gateway="g", direct=True, settled=0)
+        machine = RoundMachine(record, FLEET.ring, place, devices=DEVICES, gateways=("g-1",), now=T0)
+        self.total = [message_id.hex() for message_id in machine.own_part()]
+        self.total += [name for name, said in record.children.items() if said.reveal is not None]
+        self.perform(machine, machine.resume(T0))
+        self.perform(machine, machine.handle(ev.UpstreamConnected(), T0))
+        return machine
+
+
+DEVICES = tuple(f"d{number}" for number in range(4))
+FINAL = commit("d0", "d1", "d3", "x", "y")
+CRASH = "crash"
+
+EVENTS: list[Any] = [
+    *(update(device) for device in DEVICES),
+    *(update(device, version=1) for device in DEVICES[:2]),
+    child("g-1", "x", "y", "z"),
+    child("g-1", "x", version=1),
+    FINAL,
+    commit("d0", version=1),
+    child_reveal("g-1", 2, commit=FINAL.head),
+    child_reveal("g-1", 3, commit=FINAL.head, version=1),
+    receipt("proposal"),
+    ev.UpstreamConnected(),
+    ev.UpstreamLost(),
+    TimerFired(),
+    CRASH,
+]
+STRAIGHT: list[Any] = [
+    *(update(device) for device in DEVICES),
+    child("g-1", "x", "y", "z"),
+    FINAL,
+    child_reveal("g-1", 2, commit=FINAL.head),
+]
+
+
+def sensible(events: list[Any]) -> list[Any]:
+    """Without second, different messages whose first did not come before them: those would rightly count."""
+    seen: set[MessageId] = set()
+    kept = []
+    for event in events:
+        if isinstance(event, ev.UpdateArrived | ev.ChildProposed):
+            sender = event.device if isinstance(event, ev.UpdateArrived) else event.gateway
+            seen.add(event.message_id)
+            if name_of(f"{sender}/0") not in seen:
+                continue
+        kept.append(event)
+    return kept
+
+
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from(EVENTS), max_size=40), st.randoms(use_true_random=False))
+def test_no_order_repetition_or_crash_changes_the_set_or_the_sum(events: list[Any], random: Any) -> None:
+    """Whatever comes first, once everything has arrived the first update of each device counts exactly once."""
+    disk = Disk()
+    machine = disk.restart()
+
+    def step(event: Any) -> None:
+        nonlocal machine
+        if event == CRASH:
+            machine = disk.restart()
+        else:
+            disk.perform(machine, machine.handle(event, T0))
+        machine.validate()
+
+    for event in sensible(events):
+        step(event)
+    for event in STRAIGHT:
+        for again in [event] * random.randint(1, 2):
+            step(again)
+        if random.random() < 0.5:
+            step(CRASH)
+    everybody = frozenset(name_of(f"{name}/0") for name in (*DEVICES, "x", "y", "z"))
+    expected = tuple(sorted([*(name_of(f"{name}/0").hex() for name in ("d0", "d1", "d3")), "g-1"]))
+    assert set(disk.proposals) == {everybody}
+    # A crash between the making and the storing of a reveal makes it again, of the same sum.
+    if disk.record.commit is not None and disk.record.commit.head == FINAL.head:
+        assert set(disk.reveals) == {expected}
+        assert machine.state is RoundState.REVEALED
+
+
+# --- The gateway's machine -------------------------------------------------------------------------------------------
+
+
+def gateway() -> GatewayMachine:
+    return GatewayMachine("north", Place(gateway="g", direct=True))
+
+
+def plan_event(round: int, **changes: Any) -> ev.PlanArrived:
+    plan, message = FLEET.plan(round, **changes)
+    return ev.PlanArrived(plan=plan, hash=message.head.hash, raw=message.encode())
+
+
+def served(version: int = 1) -> ev.ModelServed:
+    return ev.ModelServed(version=version, sha256=FLEET.model(version)[0].sha256, sizes=FLEET.sizes)
+
+
+def test_a_plan_waits_for_its_model() -> None:
+    machine = gateway()
+    event = plan_event(1)
+    assert machine.handle(event, T0) == []
+    assert machine.state is GatewayState.WAITING
+    instructions = machine.handle(served(), T0)
+    assert instructions == [
+        ev.StoreRound(round=1, hash=event.hash, raw=event.raw),
+        ev.PublishPlan(event.raw),
+    ]
+    machine.validate()
+
+
+def test_a_later_plan_ends_the_round() -> None:
+    machine = gateway()
+    machine.handle(served(), T0)
+    first = plan_event(1)
+    machine.handle(first, T0)
+    instructions = machine.handle(plan_event(2), T0)
+    assert kinds(instructions) == ["ForgetRound", "RoundOver", "StoreRound", "PublishPlan"]
+    assert machine.previous.hash == first.hash
+    machine.validate()
+
+
+def test_the_same_plan_again_is_ignored_and_so_is_its_end() -> None:
+    machine = gateway()
+    machine.handle(served(), T0)
+    event = plan_event(1)
+    machine.handle(event, T0)
+    assert machine.handle(event, T0) == []
+    end = ev.RoundEndArrived(round=1, plan=event.hash, raw=b"end")
+    assert kinds(machine.handle(end, T0)) == ["ForgetRound", "RoundOver", "PublishPlan"]
+    assert machine.handle(end, T0) == []
+    assert machine.handle(event, T0) == []
+    assert machine.state is GatewayState.IDLE
+
+
+def test_an_expired_plan_is_not_opened() -> None:
+    machine = gateway()
+    machine.handle(served(), T0)
+    event = plan_event(1)
+    assert machine.handle(event, event.plan.expires)[0].reason is RejectReason.EXPIRED
+    assert machine.state is GatewayState.IDLE
+
+
+def test_a_plan_for_another_file_of_the_version_is_refused() -> None:
+    machine = gateway()
+    machine.handle(served(), T0)
+    assert machine.handle(plan_event(1, model_sha256=bytes(32)), T0)[0].reason is RejectReason.WRONG_MODEL
+
+
+def test_an_update_decoded_after_its_round_ended_is_late_even_if_another_is_open() -> None:
+    machine = gateway()
+    machine.handle(served(), T0)
+    first = plan_event(1)
+    machine.handle(first, T0)
+    machine.handle(plan_event(2), T0)
+    assert machine.handle(update("a", plan=first.hash), T0)[-1].reason is RejectReason.LATE
+
+
+def test_many_changes_share_one_census() -> None:
+    machine = gateway()
+    machine.handle(ev.UpstreamConnected(), T0)
+    for number in range(5):
+        event = ev.PresenceArrived(kind=Kind.DEVICE, member=f"d{number}", presence=Presence(life=Life.READY, session=1))
+        machine.handle(event, T0)
+    assert machine.next_deadline() == T0 + CENSUS_SOON
+    (sent,) = machine.handle(TimerFired(), T0 + CENSUS_SOON)
+    assert (sent.census.devices, sent.census.ready) == (5, 5)
+    machine.handle(ev.PresenceArrived(kind=Kind.DEVICE, member="d0", presence=None), T0 + 200)
+    assert machine.next_deadline() == T0 + CENSUS_SOON + CENSUS_EVERY
+
+
+def test_the_diagrams_show_every_state() -> None:
+    assert all(f" {state} -->" in RoundMachine.diagram() for state in RoundState)
+    assert all(f" {state} -->" in GatewayMachine.diagram() for state in GatewayState)
+
+
+def test_facts_amount_to_states() -> None:
+    record = RoundRecord(plan=PLAN, hash=HASH)
+    assert record.state() is RoundState.OPEN
+    record.proposal = Sent(name_of("proposal"), Digest(b""))
+    assert record.state() is RoundState.PROPOSED
+    record.commit = FINAL
+    assert record.state() is RoundState.COMMITTED
+    record.reveal = Sent(name_of("reveal"), Digest(b""))
+    assert record.state() is RoundState.REVEALED
+    record.answered = True
+    assert record.state() is RoundState.CLOSED
