@@ -46,7 +46,9 @@ def show(member: str, config: Path, timeout: float, as_json: bool) -> None:
         output.print_json(result)
         return
     members: list[dict[str, Any]] = result.get("members", [])
-    output.pairs({key: value for key, value in result.items() if key != "members"}, title=member)
+    output.pairs(
+        {key: value for key, value in result.items() if key != "members"}, first=("id", "kind", "life", "since")
+    )
     if members:
         output.table(
             ("id", "site", "life", "since", "software"),

@@ -188,7 +188,7 @@ def export(out: Path, card: bool, config: Path, timeout: float, as_json: bool) -
     if as_json:
         output.print_json(facts)
     else:
-        output.pairs({**facts, "sha256": manifest.sha256.hex()})
+        output.pairs(facts)
 
 
 def _short(value: object) -> str:
@@ -199,4 +199,4 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         output.print_json(result)
     else:
-        output.pairs({key: value.hex() if isinstance(value, bytes) else value for key, value in result.items()})
+        output.pairs(result, first=("version", "name", "sha256", "origin", "parent", "created", "metrics"))

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -98,13 +98,25 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
     console.print(grid)
 
 
-def pairs(values: dict[str, object], *, title: str = "") -> None:
-    """Print names and values below each other."""
+_TIMES: Final = frozenset({"created", "since", "deadline", "opened", "closed", "not_before", "not_after"})
+
+
+def pairs(values: Mapping[str, object], *, title: str = "", first: Sequence[str] = ()) -> None:
+    """Print names and values below each other.
+
+    Args:
+        values: a table among them is printed on one line; names of times are known.
+        title: a line above.
+        first: names to begin with, in this order.
+    """
     if title:
         print(title)
     width = max((len(name) for name in values), default=0)
-    for name, value in values.items():
-        print(f"  {name.replace('_', ' '):<{width}}  {_cell(value)}")
+    names = [name for name in first if name in values]
+    for name in (*names, *(name for name in values if name not in names)):
+        value = values[name]
+        shown = when(value) if name in _TIMES and isinstance(value, int) else _cell(value)
+        print(f"  {name.replace('_', ' '):<{width}}  {shown}")
 
 
 def _cell(value: object) -> str:
@@ -113,7 +125,9 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, bytes):
-        return value.hex()[:16]
+        return value.hex()
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_cell(each)}" for name, each in value.items()) or "-"
     return str(value)
 
 

@@ -17,6 +17,7 @@ from fleetfed.cloud_coordinator.cli.control import ask, control_options
 from fleetfed.shared.wire.messages import Command, Status
 
 _HISTORY = 12
+_FIRST = ("state", "round", "made", "rounds", "version", "accepted", "expected", "devices_ready", "gateways_ready")
 
 
 @click.group(name="round", epilog=output.example("fleetfed round start --rounds 20", "fleetfed round watch"))
@@ -194,7 +195,8 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
         output.print_json(result)
         return
     history = result.get("history", [])
-    output.pairs({key: value for key, value in result.items() if key != "history"})
+    hidden = {"history", "settings"}
+    output.pairs({key: value for key, value in result.items() if key not in hidden}, first=_FIRST)
     if history:
         from rich.console import Console
 
