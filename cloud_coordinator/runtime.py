@@ -199,7 +199,8 @@ class Runtime:
         await self._coordinator.stop()
         self._sender.put(self._node(Life.DISCONNECTED))
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._sender.drain(), _FAREWELL)
+            async with asyncio.timeout(_FAREWELL):
+                await self._sender.drain()
 
     async def _connected(self, session_present: bool) -> None:
         self._sender.put(self._node(Life.READY))
@@ -216,8 +217,10 @@ class Runtime:
             self._changed.clear()
             deadline = self._coordinator.next_deadline()
             wait = None if deadline is None else max(0, deadline - unix_ms()) / 1000
+            # Not wait_for: in Python 3.11 it loses a cancellation that meets the event.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), wait)
+                async with asyncio.timeout(wait):
+                    await self._changed.wait()
             self._coordinator.timer()
             rounds = self._coordinator.finished_rounds
             if rounds != self._written_rounds:
