@@ -262,15 +262,20 @@ class ControlClient:
 
     async def _on_connect(self, session_present: bool) -> None:
         del session_present
+        await self._publish_pending()
+
+    async def _publish_pending(self) -> None:
         for data, _ in list(self._pending.values()):
             await self._publish(data)
 
     async def _on_message(self, topic: str, payload: bytes, retained: bool) -> None:
-        del retained
         try:
             match parse(topic):
                 case BroadcastTopic(what=Broadcast.NODE):
                     self._coordinator = codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE)
+                    if self._coordinator.life is Life.READY and not retained:
+                        # It has just come: before its first subscription the broker kept nothing for it.
+                        await self._publish_pending()
                 case BroadcastTopic(what=Broadcast.REVOKED):
                     now = unix_ms()
                     news, _, _ = self._verifier.open(payload, Revocations, kind=MessageKind.REVOCATIONS, now=now)
