@@ -25,6 +25,7 @@ from fleetfed.shared.wire.messages import (
     Census,
     Commit,
     Decline,
+    Life,
     Manifest,
     Need,
     Plan,
@@ -104,7 +105,7 @@ class Inbound:
         self._revoked = revoked
         self._reborn = reborn
         self._clock = clock
-        self._upstream_session: int | None = None
+        self._upstream_birth: tuple[int, int] | None = None
         self._updates = Intake(MessageKind.UPDATE, verifier, site=site.site, admit=self._admit_update, budget=budget)
         self._proposals = Intake(MessageKind.PROPOSE, verifier, site=None, admit=self._admit_child, budget=budget)
         self._reveals = Intake(MessageKind.REVEAL, verifier, site=None, admit=self._admit_child, budget=budget)
@@ -339,8 +340,10 @@ class Inbound:
         self._fed(ev.PlanArrived(plan=plan, hash=head.hash, raw=payload))
 
     def _node(self, presence: Presence) -> None:
-        before, self._upstream_session = self._upstream_session, presence.session
-        if before is not None and before != presence.session:
+        # A new birth: the node above, or its connection, is not the one that heard us; its broker may have lost what
+        # waited for it.
+        before, self._upstream_birth = self._upstream_birth, (presence.session, presence.since)
+        if before not in (None, self._upstream_birth) and presence.life is Life.READY:
             self._reborn()
 
     def _receipt(self, payload: bytes) -> None:

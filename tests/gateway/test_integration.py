@@ -24,7 +24,7 @@ from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.chunks import Assembler, split
 from fleetfed.shared.wire.envelope import Head, MessageKind, open_body, parse_head
-from fleetfed.shared.wire.messages import Census, Life, Presence, Proposal, Receipt, Reveal
+from fleetfed.shared.wire.messages import Census, Life, Need, Presence, Proposal, Receipt, Reveal
 from fleetfed.shared.wire.topics import Broadcast, Kind, SiteTopics, Verb
 
 
@@ -81,14 +81,15 @@ class Site:
         self._stack.push_async_callback(end)
         return task
 
-    def gateway(self, name: str, site: str, *, upstream: str = "_", settle: float = 0.0) -> Gateway:
+    def gateway(self, name: str, site: str, *, upstream: str = "_", upstream_port: int = 0) -> Gateway:
         identity = self.fleet.identity(name, Role.GATEWAY, site)
+        other = BrokerConfig(host="127.0.0.1", port=upstream_port or self.port, tls=False, reconnect_cap=0.1)
         config = GatewayConfig(
             identity=self.directory / name / "identity",
             state=self.directory / name / "state",
             broker=BrokerConfig(host="127.0.0.1", port=self.port, tls=False, reconnect_cap=0.1),
-            upstream=UpstreamConfig(site=upstream),
-            limits=LimitsConfig(settle=settle),
+            upstream=UpstreamConfig(site=upstream, broker=other),
+            limits=LimitsConfig(settle=0.1),
         )
         return Gateway(config, identity)
 
@@ -208,3 +209,210 @@ def census(raw: bytes) -> Census:
     head = parse_head(raw)
     body = open_body(head.header, raw[head.size :])
     return codec.decode(Census, body, limit=len(body))
+
+
+async def run_round(
+    site: Site,
+    coordinator: Peer,
+    gateway: str,
+    senders: dict[str, tuple[Peer, str]],
+    *,
+    tiers: int = 1,
+    between: Callable[[], Any] | None = None,
+) -> Any:
+    """One whole round over whatever tree there is; returns the partial that reaches the coordinator."""
+    fleet = site.fleet
+    plan, message = fleet.plan(1, tiers=tiers)
+    await coordinator.session.publish(site.up.broadcast(Broadcast.PLAN), message.encode(), retain=True)
+    for number, (name, (peer, where)) in enumerate(senders.items()):
+        topics = SiteTopics("demo", where)
+        await eventually(lambda peer=peer, topics=topics: peer.heard[topics.broadcast(Broadcast.PLAN)])
+        assert peer.last(topics.broadcast(Broadcast.PLAN)) == message.encode()
+        update = fleet.update(name, plan, message.head.hash, number=number, site=where)
+        await site.send(peer, topics.up(Kind.DEVICE, name, Verb.UPDATE), update)
+    for name, (peer, where) in senders.items():
+        topic = SiteTopics("demo", where).down(Kind.DEVICE, name, Verb.RECEIPT)
+        await eventually(lambda peer=peer, topic=topic: peer.heard[topic])
+        assert receipt_of(peer, topic).reason is None
+    proposed = site.up.up(Kind.GATEWAY, gateway, Verb.PROPOSE)
+    await eventually(lambda: coordinator.heard[proposed])
+    if between is not None:
+        await between()
+    head, body = assemble(coordinator.heard[proposed])
+    proposal = codec.decode(Proposal, body, limit=len(body))
+    members = [parse_head(each).header.message_id for each in proposal.heads]
+    commit = fleet.commit(message.head.hash, head.hash, members, gateway=gateway)
+    await site.send(coordinator, site.up.down(Kind.GATEWAY, gateway, Verb.COMMIT), commit)
+    revealed = site.up.up(Kind.GATEWAY, gateway, Verb.REVEAL)
+    await eventually(lambda: coordinator.heard[revealed])
+    head, body = assemble(coordinator.heard[revealed])
+    reveal = codec.decode(Reveal, body, limit=len(body))
+    await coordinator.session.publish(site.up.down(Kind.GATEWAY, gateway, Verb.RECEIPT), fleet.receipt(head))
+    return decode_words(reveal.words, fleet.ring, count=reveal.count)
+
+
+def ready_devices(coordinator: Peer, topic: str) -> int:
+    return census(coordinator.last(topic)).ready if coordinator.heard[topic] else 0
+
+
+async def test_two_tiers_give_the_sum_that_one_tier_gives(site: Site) -> None:
+    fleet = site.fleet
+    coordinator = await site.coordinator()
+    await site.publish_model(coordinator, 1)
+    upper = site.gateway("g-region", "region")
+    lower = site.gateway("g-low", "low", upstream="region")
+    await site.start(upper.run())
+    await site.start(lower.run())
+    senders = {
+        "d-0": (await site.device("d-0", "region"), "region"),
+        "d-1": (await site.device("d-1", "low"), "low"),
+        "d-2": (await site.device("d-2", "low"), "low"),
+    }
+    topic = site.up.up(Kind.GATEWAY, "g-region", Verb.CENSUS)
+    await eventually(lambda: ready_devices(coordinator, topic) == 3)
+    assert census(coordinator.last(topic)).level == 1
+    total = await run_round(site, coordinator, "g-region", senders, tiers=2)
+    assert total.count == 3
+    assert np.array_equal(total.values(), sum(fleet.values(number) for number in range(3)))
+    assert lower.machine.round is not None
+    await eventually(lambda: lower.machine.round is not None and lower.machine.round.state == "closed")
+
+
+async def test_two_brokers_and_the_presence_of_a_gateway_that_dies(
+    start_any_broker: Callable[..., Any], tmp_path: Path
+) -> None:
+    cloud, local = start_any_broker(tls=False), start_any_broker(tls=False)
+    async with site_on(local.port, tmp_path) as north, site_on(cloud.port, tmp_path) as above:
+        above.fleet = north.fleet
+        coordinator = await above.coordinator()
+        await above.publish_model(coordinator, 1)
+        device = await north.device("d-0")
+        node = SiteTopics("demo", "north").broadcast(Broadcast.NODE)
+        watcher = await north.peer("watcher", [node])
+        gateway = north.gateway("g-north", "north", upstream_port=cloud.port)
+        running = await north.start(gateway.run())
+        topic = above.up.up(Kind.GATEWAY, "g-north", Verb.CENSUS)
+        await eventually(lambda: ready_devices(coordinator, topic) == 1)
+        total = await run_round(above, coordinator, "g-north", {"d-0": (device, "north")})
+        assert np.array_equal(total.values(), north.fleet.values(0))
+
+        for side in (gateway._above, gateway._below):
+            assert side._link is not None
+            side._link._client._sock_close()
+        running.cancel()
+        state = above.up.up(Kind.GATEWAY, "g-north", Verb.STATE)
+        await eventually(lambda: life(coordinator.last(state)) is Life.LOST)
+        await eventually(lambda: life(watcher.last(node)) is Life.LOST)
+
+
+def life(raw: bytes) -> Life:
+    return codec.decode(Presence, raw, limit=65536).life
+
+
+async def test_a_restart_in_mid_round_clears_orphans_and_finishes_the_round(site: Site) -> None:
+    fleet, north = site.fleet, SiteTopics("demo", "north")
+    coordinator = await site.coordinator()
+    await site.publish_model(coordinator, 1)
+    device = await site.device("d-0")
+    first = site.gateway("g-north", "north")
+    running = await site.start(first.run())
+    topic = site.up.up(Kind.GATEWAY, "g-north", Verb.CENSUS)
+    await eventually(lambda: ready_devices(coordinator, topic) == 1)
+    orphan = bytes(range(16))
+
+    async def restart() -> None:
+        await first._below.publish(north.blob(orphan, 0), b"left over", retain=True)
+        first.relay._published[orphan.hex()] = 1
+        first.relay._save_published()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await site.start(site.gateway("g-north", "north").run())
+
+    total = await run_round(site, coordinator, "g-north", {"d-0": (device, "north")}, between=restart)
+    assert np.array_equal(total.values(), fleet.values(0))
+    proposals = set(coordinator.heard[site.up.up(Kind.GATEWAY, "g-north", Verb.PROPOSE)])
+    assert len(proposals) == 1, "the same bytes before and after"
+    watcher = await site.peer("watcher", [])
+
+    async def cleared() -> bool:
+        await watcher.session.unsubscribe([north.blob(orphan, 0)])
+        watcher.heard.clear()
+        await watcher.session.subscribe([north.blob(orphan, 0)])
+        await asyncio.sleep(0.05)
+        return not watcher.heard[north.blob(orphan, 0)]
+
+    async with asyncio.timeout(10):
+        while not await cleared():
+            pass
+
+
+async def test_it_serves_its_site_while_the_cloud_is_away_and_catches_up(
+    start_any_broker: Callable[..., Any], tmp_path: Path
+) -> None:
+    cloud, local = start_any_broker(tls=False), start_any_broker(tls=False)
+    async with site_on(local.port, tmp_path) as north, site_on(cloud.port, tmp_path) as above:
+        fleet = above.fleet = north.fleet
+        coordinator = await above.coordinator()
+        await above.publish_model(coordinator, 1)
+        device = await north.device("d-0")
+        gateway = north.gateway("g-north", "north", upstream_port=cloud.port)
+        await north.start(gateway.run())
+        topics = SiteTopics("demo", "north")
+        plan, message = fleet.plan(1)
+        await coordinator.session.publish(above.up.broadcast(Broadcast.PLAN), message.encode(), retain=True)
+        await eventually(lambda: device.heard[topics.broadcast(Broadcast.PLAN)])
+        cloud.stop()
+        await eventually(lambda: not gateway._above.connected)
+        update = fleet.update("d-0", plan, message.head.hash)
+        await north.send(device, topics.up(Kind.DEVICE, "d-0", Verb.UPDATE), update)
+        receipts = topics.down(Kind.DEVICE, "d-0", Verb.RECEIPT)
+        await eventually(lambda: device.heard[receipts])
+        assert receipt_of(device, receipts).reason is None
+        await eventually(lambda: gateway.machine.round is not None and gateway.machine.round.state == "proposed")
+        cloud.start()
+        await coordinator.session.wait_connected()
+        birth = codec.encode(Presence(life=Life.READY, session=7, since=unix_ms()))
+        await coordinator.session.publish(above.up.broadcast(Broadcast.NODE), birth, retain=True)
+        await gateway._above.wait_connected()
+        birth = codec.encode(Presence(life=Life.READY, session=8, since=unix_ms()))
+        await coordinator.session.publish(above.up.broadcast(Broadcast.NODE), birth, retain=True)
+        proposed = above.up.up(Kind.GATEWAY, "g-north", Verb.PROPOSE)
+        await eventually(lambda: coordinator.heard[proposed])
+        _, body = assemble(coordinator.heard[proposed])
+        assert codec.decode(Proposal, body, limit=len(body)).heads == (update.head.encode(),)
+
+
+async def test_a_chunk_that_the_broker_lost_is_published_again_on_need(site: Site) -> None:
+    fleet, north = site.fleet, SiteTopics("demo", "north")
+    coordinator = await site.coordinator()
+    await site.publish_model(coordinator, 1)
+    gateway = site.gateway("g-north", "north")
+    await site.start(gateway.run())
+    manifest, _ = fleet.model(1)
+    chunk = north.blob(manifest.full.digest, 1)
+    watcher = await site.peer("watcher", [chunk])
+    await eventually(lambda: watcher.heard[chunk])
+    need = codec.encode(Need(digest=manifest.full.digest, missing=(1, 7000)))
+    await watcher.session.publish(north.up(Kind.DEVICE, "watcher", Verb.NEED), need)
+    await eventually(lambda: len(watcher.heard[chunk]) == 2)
+    assert watcher.heard[chunk][0] == watcher.heard[chunk][1]
+
+
+async def test_a_new_model_replaces_the_old_ones_chunks(site: Site) -> None:
+    fleet, north = site.fleet, SiteTopics("demo", "north")
+    coordinator = await site.coordinator()
+    await site.publish_model(coordinator, 1)
+    gateway = site.gateway("g-north", "north")
+    await site.start(gateway.run())
+    old, new = (fleet.model(version)[0].full.digest for version in (1, 2))
+    topics = [north.blob(old, 0), north.blob(new, 0), north.broadcast(Broadcast.MODEL)]
+    watcher = await site.peer("watcher", topics)
+    await eventually(lambda: watcher.heard[topics[0]])
+    await site.publish_model(coordinator, 2)
+    await eventually(lambda: watcher.heard[topics[1]])
+    await eventually(lambda: watcher.last(topics[0]) == b"")
+    assert parse_head(watcher.last(topics[2])).header.kind is MessageKind.MANIFEST
+    stale = fleet.manifest(1)
+    await coordinator.session.publish(site.up.broadcast(Broadcast.MODEL), stale)
+    await eventually(lambda: gateway.counters.snapshot() == {"replayed": 1})
+    assert watcher.last(topics[2]) != stale
