@@ -18,6 +18,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -59,15 +60,26 @@ def encode(value: Any) -> bytes:
     return packed
 
 
+_ATOMS = frozenset({int, str, bytes, float, bool, type(None)})
+
+
+@cache
+def _field_names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if kind is tuple or kind is list:
+        return [_plain(item) for item in value]
+    if kind is dict:
+        return {key: _plain(value[key]) for key in sorted(value)}
+    if dataclasses.is_dataclass(kind):
+        return {name: _plain(getattr(value, name)) for name in _field_names(kind)}
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(value[key]) for key in sorted(value)}
     return value
 
 
@@ -82,7 +94,11 @@ def decode(cls: type[T], data: bytes | memoryview, *, limit: int) -> T:
     Raises:
         RemoteProtocolError: `TOO_LARGE`, `MALFORMED` or `OUT_OF_RANGE`.
     """
-    value = _build(cls, unpack(data, limit=limit), cls.__name__)
+    plain = unpack(data, limit=limit)
+    try:
+        value = _decoder(typing.cast("Any", cls))(plain)
+    except RemoteProtocolError as error:
+        raise RemoteProtocolError(error.reason, f"{cls.__name__}{error.detail}") from error.__cause__
     assert isinstance(value, cls)
     return value
 
@@ -113,88 +129,140 @@ def unpack(data: bytes | memoryview, *, limit: int) -> Any:
         raise _malformed(f"msgpack: {error}") from error
 
 
+# Annotations are read once per type and become functions: reading them for every value took longer than everything else
+# that a small message costs. A decoder's errors begin with the place below its own; each dataclass on the way up puts
+# its field's name before it.
+_Decoder = Callable[[Any], Any]
+
+
 @cache
-def _schema(cls: type) -> tuple[tuple[str, Any, bool], ...]:
+def _decoder(hint: Any) -> _Decoder:
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        inner, *bounds = typing.get_args(hint)
+        decoder = _decoder(inner)
+        for bound in bounds:
+            decoder = _bounded(decoder, bound)
+        return decoder
+    if origin is types.UnionType or origin is typing.Union:
+        options = typing.get_args(hint)
+        assert type(None) in options
+        (inner,) = (option for option in options if option is not type(None))
+        return _optional(_decoder(inner))
+    if origin is tuple:
+        inner, dots = typing.get_args(hint)
+        assert dots is Ellipsis
+        return _array(_decoder(inner))
+    if origin is dict:
+        key_hint, item_hint = typing.get_args(hint)
+        return _map(_decoder(key_hint), _decoder(item_hint))
+    if dataclasses.is_dataclass(hint):
+        return _record(typing.cast("type", hint))
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return _member(hint)
+    if hint is Any:
+        return lambda value: value
+    return _number if hint is float else _exact(hint)
+
+
+def _bounded(decoder: _Decoder, bound: Any) -> _Decoder:
+    if not isinstance(bound, Range | Length):
+        raise LocalProtocolError(f"unknown bound {bound!r}")
+    low, high = bound.low, bound.high
+
+    def ranged(value: Any) -> Any:
+        built = decoder(value)
+        if not low <= built <= high:
+            raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, f": {built}")
+        return built
+
+    def sized(value: Any) -> Any:
+        built = decoder(value)
+        if not low <= len(built) <= high:
+            raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, f": length {len(built)}")
+        return built
+
+    return ranged if isinstance(bound, Range) else sized
+
+
+def _optional(decoder: _Decoder) -> _Decoder:
+    return lambda value: None if value is None else decoder(value)
+
+
+def _array(decoder: _Decoder) -> _Decoder:
+    def array(value: Any) -> Any:
+        if type(value) is not list:
+            raise _malformed(": not an array")
+        return tuple([decoder(item) for item in value])
+
+    return array
+
+
+def _map(key: _Decoder, item: _Decoder) -> _Decoder:
+    def table(value: Any) -> Any:
+        if type(value) is not dict:
+            raise _malformed(": not a map")
+        return {key(k): item(v) for k, v in value.items()}
+
+    return table
+
+
+def _record(cls: type) -> _Decoder:
     hints = typing.get_type_hints(cls, include_extras=True)
-    return tuple(
+    schema = tuple(
         (
             field.name,
-            hints[field.name],
+            _decoder(hints[field.name]),
             field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING,
         )
         for field in dataclasses.fields(cls)
     )
 
+    def record(value: Any) -> Any:
+        if type(value) is not dict:
+            raise _malformed(": not a map")
+        fields = {}
+        for name, decoder, optional in schema:
+            if name in value:
+                try:
+                    fields[name] = decoder(value[name])
+                except RemoteProtocolError as error:
+                    raise RemoteProtocolError(error.reason, f".{name}{error.detail}") from error.__cause__
+            elif not optional:
+                raise _malformed(f".{name} is missing")
+        return cls(**fields)
 
-def _build(hint: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin is Annotated:
-        inner, *bounds = typing.get_args(hint)
-        built = _build(inner, value, where)
-        for bound in bounds:
-            _check(bound, built, where)
-        return built
-    if origin is types.UnionType or origin is typing.Union:
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        (inner,) = (option for option in options if option is not type(None))
-        return _build(inner, value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise _malformed(f"{where}: not an array")
-        inner, dots = typing.get_args(hint)
-        assert dots is Ellipsis
-        return tuple(_build(inner, item, where) for item in value)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise _malformed(f"{where}: not a map")
-        key_hint, item_hint = typing.get_args(hint)
-        return {_build(key_hint, k, where): _build(item_hint, v, where) for k, v in value.items()}
-    return _leaf(hint, value, where)
+    return record
 
 
-def _leaf(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _dataclass(typing.cast("type", hint), value, where)
-    if isinstance(hint, type) and issubclass(hint, Enum):
+def _member(cls: type[Enum]) -> _Decoder:
+    def member(value: Any) -> Any:
         try:
-            return hint(value)
+            return cls(value)
         except ValueError as error:
-            raise _malformed(f"{where}: {value!r:.40} is no {hint.__name__}") from error
-    if hint is float and type(value) is int:
+            raise _malformed(f": {value!r:.40} is no {cls.__name__}") from error
+
+    return member
+
+
+def _number(value: Any) -> Any:
+    if type(value) is int:
         value = float(value)
-    if hint is Any:
-        return value
-    # An exact type: a bool is an int to isinstance, and would pass for a count.
-    if type(value) is not hint:
-        raise _malformed(f"{where}: {type(value).__name__} where {hint.__name__} is expected")
-    if hint is float and not math.isfinite(value):
-        raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, f"{where}: {value}")
+    if type(value) is not float:
+        raise _malformed(f": {type(value).__name__} where float is expected")
+    if not math.isfinite(value):
+        raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, f": {value}")
     return value
 
 
-def _dataclass(cls: type, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise _malformed(f"{where}: not a map")
-    fields = {}
-    for name, hint, optional in _schema(cls):
-        if name in value:
-            fields[name] = _build(hint, value[name], f"{where}.{name}")
-        elif not optional:
-            raise _malformed(f"{where}.{name} is missing")
-    return cls(**fields)
+def _exact(hint: type) -> _Decoder:
+    # An exact type: a bool is an int to isinstance, and would pass for a count.
+    def exact(value: Any) -> Any:
+        if type(value) is not hint:
+            raise _malformed(f": {type(value).__name__} where {hint.__name__} is expected")
+        return value
 
-
-def _check(bound: Any, value: Any, where: str) -> None:
-    if isinstance(bound, Range):
-        if not bound.low <= value <= bound.high:
-            raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, f"{where}: {value}")
-    elif isinstance(bound, Length):
-        if not bound.low <= len(value) <= bound.high:
-            raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, f"{where}: length {len(value)}")
-    else:
-        raise LocalProtocolError(f"{where}: unknown bound {bound!r}")
+    return exact
 
 
 def compress(data: bytes, level: int = 3) -> bytes:
