@@ -234,7 +234,8 @@ class Server(AbstractContextManager["Server"]):
         self.folder.mkdir(exist_ok=True)
         if self.kind == "mosquitto":
             self.loop = asyncio.new_event_loop()
-            self.mosquitto = MosquittoProcess(self.config, self.folder)
+            # Its default, with which it has less work for small messages, and more delay.
+            self.mosquitto = MosquittoProcess(self.config, self.folder, nodelay=False)
             self.loop.run_until_complete(self.mosquitto.start())
             self.pid = self.mosquitto.pid or 0
             self.port, self.plain_port = self.mosquitto.port, self.mosquitto.plain_port or 0

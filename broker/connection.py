@@ -281,7 +281,8 @@ class Connection:
             raise PacketError(ReasonCode.TOPIC_NAME_INVALID, "topic name too long")
         limits = router.limits
         if qos:
-            window = len(self._tickets) + len(session.received)
+            # A QoS 2 message whose PUBREC waits is among the received ones already.
+            window = len(session.received) + sum(item.packet[0] == 0x40 for item in self._tickets)
             if qos == 2 and packet.packet_id in session.received:
                 self.send(PubRec(packet_id=packet.packet_id))
                 return

@@ -624,3 +624,14 @@ def test_a_shared_group_spares_its_slow_and_absent_members() -> None:
         publisher.publish("t", packet_id=packet_id)
     assert len(fast.get(Publish)) == 10
     check(world)
+
+
+def test_qos_2_counts_once_towards_the_receive_maximum() -> None:
+    world = World(Limits(high_water=KB, receive_maximum=10))
+    slow, publisher = world.peer("s"), world.peer("p", version=V5)
+    slow.subscribe("t", qos=2)
+    for packet_id in range(1, 11):
+        publisher.publish("t", bytes(KB), qos=2, packet_id=packet_id)
+    assert publisher.get(Disconnect) == []
+    publisher.publish("t", qos=2, packet_id=11)
+    assert [item.code for item in publisher.get(Disconnect)] == [0x93]
