@@ -66,28 +66,30 @@ class Publisher:
         self._blobs = blobs
         self._send = send
         self._served: dict[tuple[bytes, int], int] = {}
+        self._published = store.published()
+        self._current = self._parsed(MANIFEST)
+        self._previous = self._parsed(PREVIOUS)
 
     def store_manifest(self, message: bytes) -> None:
         """Make a signed manifest the current one; its objects count as published from now on."""
         with self._store.transaction():
-            current = self._store.document(MANIFEST)
-            if current is not None:
-                self._store.put_document(PREVIOUS, current)
+            if self._current is not None:
+                self._store.put_document(PREVIOUS, self._current.message)
             self._store.put_document(MANIFEST, message)
-            for ref in refs_of(_manifest(message)):
-                self._store.add_published(ref)
+            self._previous, self._current = self._current, _Signed(message, _manifest(message))
+            for ref in self._current.refs:
+                if ref.digest not in self._published:
+                    self._store.add_published(ref)
+                    self._published[Digest(ref.digest)] = ref
 
     def model(self) -> None:
         """Publish what the current manifest has beyond the one before it, then the manifest; clear what is obsolete."""
-        message = self._store.document(MANIFEST)
-        if message is None:
+        if self._current is None:
             return
-        previous = self._store.document(PREVIOUS)
-        old = set() if previous is None else {ref.digest for ref in refs_of(_manifest(previous))}
-        refs = refs_of(_manifest(message))
-        self._chunks(ref for ref in refs if ref.digest not in old)
-        self._retain(Broadcast.MODEL, message)
-        self._clear(old | {ref.digest for ref in refs})
+        old = set() if self._previous is None else {ref.digest for ref in self._previous.refs}
+        self._chunks(ref for ref in self._current.refs if ref.digest not in old)
+        self._retain(Broadcast.MODEL, self._current.message)
+        self._clear(old | {ref.digest for ref in self._current.refs})
 
     def plan(self) -> None:
         """Publish the plan, or the end of the round in its place."""
@@ -100,13 +102,11 @@ class Publisher:
     def everything(self) -> None:
         """Publish all durable retained messages: the broker may have lost them."""
         self.revocations()
-        message = self._store.document(MANIFEST)
-        if message is not None:
-            previous = self._store.document(PREVIOUS)
-            manifests = [_manifest(each) for each in (previous, message) if each is not None]
-            refs = {ref.digest: ref for manifest in manifests for ref in refs_of(manifest)}
+        if self._current is not None:
+            signed = (self._current,) if self._previous is None else (self._previous, self._current)
+            refs = {ref.digest: ref for each in signed for ref in each.refs}
             self._chunks(refs.values())
-            self._retain(Broadcast.MODEL, message)
+            self._retain(Broadcast.MODEL, self._current.message)
             self._clear(set(refs))
         self.plan()
 
@@ -115,7 +115,7 @@ class Publisher:
 
         Needs are unsigned: only objects that are on the broker are served, each chunk at most every two seconds.
         """
-        ref = self._store.published().get(Digest(need.digest))
+        ref = self._published.get(Digest(need.digest))
         if ref is None or not self._blobs.has(ref.digest):
             return 0
         self._served = {key: at for key, at in self._served.items() if now - at < _AGAIN_AFTER}
@@ -124,6 +124,14 @@ class Publisher:
             self._served[ref.digest, index] = now
             self._chunk(ref, index)
         return len(wanted)
+
+    def _parsed(self, name: str) -> _Signed | None:
+        message = self._store.document(name)
+        return None if message is None else _Signed(message, _manifest(message))
+
+    def _cleared(self, digest: Digest) -> None:
+        self._published.pop(digest, None)
+        self._store.drop_published([digest])
 
     def _document(self, name: str, what: Broadcast) -> None:
         message = self._store.document(name)
@@ -144,14 +152,26 @@ class Publisher:
         self._send(Outgoing(topic=topic, payload=partial(self._blobs.part, ref.digest, offset, size), retain=True))
 
     def _clear(self, keep: set[bytes]) -> None:
-        for digest, ref in self._store.published().items():
+        for digest, ref in list(self._published.items()):
             if digest in keep:
                 continue
             count = part_count(ref)
             for index in range(count):
                 topic = self._topics.blob(digest, index)
-                done = partial(self._store.drop_published, [digest]) if index == count - 1 else None
+                done = partial(self._cleared, digest) if index == count - 1 else None
                 self._send(Outgoing(topic=topic, payload=b"", retain=True, done=done))
+
+
+@dataclass(frozen=True, slots=True)
+class _Signed:
+    """A manifest as it was signed, and what it says."""
+
+    message: bytes
+    manifest: Manifest
+
+    @property
+    def refs(self) -> list[BlobRef]:
+        return refs_of(self.manifest)
 
 
 def refs_of(manifest: Manifest) -> list[BlobRef]:

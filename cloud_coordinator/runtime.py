@@ -239,7 +239,7 @@ class Runtime:
 
     def _status(self) -> bytes:
         coordinator = self._coordinator
-        newest = coordinator.store.newest_version()
+        newest = coordinator.newest()
         wire = self._meter.snapshot()
         facts = {
             "id": self._id,

@@ -115,6 +115,7 @@ class Coordinator:
         self._sum: Accumulator | None = None
         self._step: asyncio.Task[None] | None = None
         self._card: tuple[bytes, ModelCard] | None = None
+        self._recent = store.versions(limit=_NEWEST)
         self.publisher = Publisher(self.topics, store=store, blobs=blobs, send=self.send)
         self._restore_revocations()
         self._publish_first_model()
@@ -296,7 +297,7 @@ class Coordinator:
         return []
 
     def _open_round(self, instruction: ev.OpenRound, now: int) -> ev.RoundOpened:
-        base = self._newest()
+        base = self._base()
         card = self.card(base)
         plan = make_plan(
             instruction.settings,
@@ -422,9 +423,9 @@ class Coordinator:
         assert self.current is not None
         assert self._sum is not None
         plan, total = self.current.plan, self._sum.report()
-        base = self._newest()
+        base = self._base()
         card = self.card(base)
-        since = since_full(self.store.versions(limit=_NEWEST))
+        since = since_full(self._recent)
         settings = StepConfig(optimizer=self.config.optimizer, clips=self.config.clips, patch=self.config.patch)
 
         def compute() -> tuple[VersionRecord, report.MetaSum]:
@@ -505,7 +506,8 @@ class Coordinator:
         """Store a version with its signed manifest; whoever calls publishes it (`events.ModelStored`)."""
         with self.store.transaction():
             self.store.add_version(record)
-            manifest = manifest_of(self.store.versions(limit=_NEWEST), available=self.blobs.has)
+            self._recent = [record, *self._recent[: _NEWEST - 1]]
+            manifest = manifest_of(self._recent, available=self.blobs.has)
             signed = self.sign(MessageKind.MANIFEST, manifest, now=record.created)
             self.publisher.store_manifest(signed.encode())
 
@@ -539,10 +541,13 @@ class Coordinator:
         )
         self.add_version(record)
 
-    def _newest(self) -> VersionRecord:
-        newest = self.store.newest_version()
-        assert newest is not None
-        return newest
+    def newest(self) -> VersionRecord | None:
+        """The current version."""
+        return self._recent[0] if self._recent else None
+
+    def _base(self) -> VersionRecord:
+        assert self._recent
+        return self._recent[0]
 
     # --- Restoring ----------------------------------------------------------------------------------------------------
 
@@ -633,7 +638,7 @@ class Coordinator:
     def status(self) -> Status:
         """What the coordinator is doing."""
         machine = self.machine
-        newest = self.store.newest_version()
+        newest = self.newest()
         progress = self.fleet.progress(machine.last_round)
         return Status(
             state=machine.state.value,
