@@ -1,0 +1,285 @@
+"""Every command of an operator, what it refuses, and that it is carried out once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fleetfed_testing.cloud import ScriptedGateway, World, facts, small_model, write_model
+
+from fleetfed.cloud_coordinator.config import RoundSettings, StorageConfig
+from fleetfed.cloud_coordinator.state import State
+from fleetfed.shared.model.patch import apply_patch
+from fleetfed.shared.trust.certificates import Role
+from fleetfed.shared.wire.blobs import part_count, unwrap
+from fleetfed.shared.wire.envelope import MessageKind
+from fleetfed.shared.wire.messages import BlobRef, Command, Outcome, Request, Revocations
+from fleetfed.shared.wire.topics import Broadcast, Kind, Verb
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    world = World(tmp_path, autostart=False, rounds=RoundSettings(weight_cap=50, start_when=3))
+    yield world
+    world.coordinator.machine.validate()
+    await world.close()
+
+
+@pytest.fixture
+async def north(world: World) -> ScriptedGateway:
+    gateway = ScriptedGateway(world.fleet, "north", ["a", "b", "c"])
+    await world.join(gateway)
+    return gateway
+
+
+def state(world: World) -> State:
+    return world.coordinator.machine.state
+
+
+def fetch(world: World, ref: BlobRef) -> bytes:
+    """An object from the retained chunks."""
+    topics = (world.topics.blob(ref.digest, index) for index in range(part_count(ref)))
+    return unwrap(ref, b"".join(world.sent.retained[topic] for topic in topics))
+
+
+def download(world: World) -> bytes:
+    """What a device without any model makes of the retained topics."""
+    manifest = world.manifest()
+    file, version = fetch(world, manifest.full), manifest.full_version
+    assert hashlib.sha256(file).digest() == manifest.full_sha256
+    for patch in manifest.patches:
+        if patch.base_version == version:
+            file = bytes(apply_patch(file, small_model()[1].table, fetch(world, patch.blob)))
+            version = patch.target_version
+    assert hashlib.sha256(file).digest() == manifest.sha256
+    assert version == manifest.version
+    return file
+
+
+async def test_nothing_runs_before_somebody_starts_it(world: World, north: ScriptedGateway) -> None:
+    assert state(world) is State.IDLE
+    answer = await world.ask(Command.ROUND_START, rounds=1)
+    assert answer.error == ""
+    assert answer.result["rounds"] == 1
+    assert state(world) is State.COLLECTING
+    await world.run_round(north)
+    assert state(world) is State.FINISHED
+
+
+async def test_a_start_changes_settings_for_its_own_rounds(world: World, north: ScriptedGateway) -> None:
+    arguments = {"fraction": 0.5, "training": {"epochs": 4}, "deadline": 5.0, "expires": 6.0}
+    assert (await world.ask(Command.ROUND_START, **arguments)).error == ""
+    plan, _, _ = world.plan()
+    assert (plan.eligibility.fraction, plan.training.epochs) == (0.5, 4)
+    assert (plan.deadline - plan.opened, plan.expires - plan.opened) == (5_000, 6_000)
+    await world.restart()
+    assert world.coordinator.settings().training.epochs == 4
+    assert north.name == "north"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"frction": 0.5}, "did you mean 'fraction'"),
+        ({"fraction": 1.5}, "not between 0 and 1"),
+        ({"fraction": "all"}, "expected float, found str"),
+        ({"training": {"epochs": 0}}, "training.epochs"),
+        ({"deadline": 10.0, "expires": 5.0}, "must be later than deadline"),
+        ({"rounds": True}, "expected int, found bool"),
+    ],
+)
+async def test_wrong_arguments_are_refused_by_name(world: World, arguments: dict[str, Any], words: str) -> None:
+    before = facts(world)
+    answer = await world.ask(Command.ROUND_START, **arguments)
+    assert answer.error == "invalid"
+    assert words in answer.detail
+    assert facts(world) == before
+
+
+async def test_pause_lets_the_open_round_end(world: World, north: ScriptedGateway) -> None:
+    await world.ask(Command.ROUND_START)
+    assert (await world.ask(Command.ROUND_PAUSE)).error == ""
+    assert state(world) is State.COLLECTING
+    await world.run_round(north)
+    assert state(world) is State.PAUSED
+    await world.restart()
+    assert state(world) is State.PAUSED
+    await world.join(north)
+    assert (await world.ask(Command.ROUND_RESUME)).error == ""
+    assert state(world) is State.COLLECTING
+
+
+async def test_abort_ends_the_round_without_a_version(world: World, north: ScriptedGateway) -> None:
+    await world.ask(Command.ROUND_START)
+    answer = await world.ask(Command.ROUND_ABORT, reason="wrong rate")
+    assert answer.error == ""
+    assert state(world) is State.PAUSED
+    assert (world.end().outcome, world.end().reason) == (Outcome.ABORTED, "wrong rate")
+    assert world.manifest().version == 1
+    assert north.name == "north"
+
+
+async def test_commands_out_of_place_say_what_to_do(world: World, north: ScriptedGateway) -> None:
+    assert (await world.ask(Command.ROUND_PAUSE)).error == "not_running"
+    assert (await world.ask(Command.ROUND_RESUME)).error == "not_paused"
+    assert (await world.ask(Command.ROUND_ABORT)).error == "no_round"
+    await world.ask(Command.ROUND_START)
+    refused = await world.ask(Command.ROUND_START)
+    assert refused.error == "round_open"
+    assert "fleetfed round pause" in refused.detail
+    assert (await world.ask(Command.MODEL_ROLLBACK, version=1)).error == "round_open"
+    assert north.name == "north"
+
+
+async def test_a_command_is_carried_out_once(world: World, north: ScriptedGateway) -> None:
+    signer = world.fleet.signer(Role.OPERATOR, "op", "_")
+    body = Request(command=Command.ROUND_START, arguments={"rounds": 2})
+    message = signer.sign(MessageKind.REQUEST, body, now=world.clock.now, lifetime=60_000)
+    first = await world.ask_again(message)
+    await world.ask(Command.ROUND_ABORT)
+    before = facts(world)
+    assert await world.ask_again(message) == first
+    await world.restart()
+    assert await world.ask_again(message) == first
+    assert facts(world) == before
+    responses = world.topics.down(Kind.OPERATOR, "op", Verb.RESPONSE)
+    packets = [payload for topic, payload, _ in world.sent.packets if topic == responses]
+    assert packets[0] == packets[-1]
+    assert north.name == "north"
+
+
+async def test_an_old_or_eternal_command_is_refused(world: World) -> None:
+    assert (await world.ask(Command.ROUND_START, lifetime=0)).error == "no_expiry"
+    assert (await world.ask(Command.ROUND_STATUS, lifetime=0)).error == ""
+    signer = world.fleet.signer(Role.OPERATOR, "op", "_")
+    old = signer.sign(MessageKind.REQUEST, Request(command=Command.ROUND_START), now=world.clock.now, lifetime=1)
+    world.clock.now += 10
+    await world.ask_again(old)
+    assert world.coordinator.rejected.snapshot() == {"expired": 1}
+    assert state(world) is State.IDLE
+
+
+async def test_only_operators_command(world: World) -> None:
+    signer = world.fleet.signer(Role.GATEWAY, "north", "north")
+    message = signer.sign(
+        MessageKind.REQUEST, Request(command=Command.ROUND_START), now=world.clock.now, lifetime=60_000
+    )
+    await world.inbox.message(world.topics.up(Kind.OPERATOR, "north", Verb.REQUEST), message.encode())
+    assert world.coordinator.rejected.snapshot() == {"wrong_role": 1}
+    assert state(world) is State.IDLE
+
+
+async def test_a_rollback_is_a_new_version_with_the_old_file(world: World, north: ScriptedGateway) -> None:
+    first = download(world)
+    await world.ask(Command.ROUND_START, rounds=2)
+    for number in range(2):
+        await world.run_round(north, seed=number)
+        download(world)
+    answer = await world.ask(Command.MODEL_ROLLBACK, version=1)
+    assert answer.result["version"] == 4
+    assert answer.result["parent"] == 3
+    assert answer.result["source"] == 1
+    assert world.manifest().patches == ()
+    assert download(world) == first
+    assert (await world.ask(Command.MODEL_ROLLBACK, version=1)).error == "same_model"
+    assert (await world.ask(Command.MODEL_ROLLBACK, version=99)).error == "no_such_version"
+    await world.ask(Command.ROUND_START, rounds=1)
+    await world.run_round(north, seed=0)
+    assert world.manifest().version == 5
+    download(world)
+
+
+async def test_a_model_is_published_from_a_file(world: World, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", seed=2)
+    answer = await world.ask(Command.MODEL_PUBLISH, file=str(other))
+    assert answer.error == ""
+    assert answer.result["version"] == 2
+    assert download(world) == other.read_bytes()
+    missing = await world.ask(Command.MODEL_PUBLISH, file=str(tmp_path / "nothing.tflite"))
+    assert "nothing.tflite" in missing.detail
+    other.write_bytes(other.read_bytes()[:-1])
+    assert "its card says" in (await world.ask(Command.MODEL_PUBLISH, file=str(other))).detail
+    assert world.manifest().version == 2
+
+
+async def test_versions_are_listed_and_shown(world: World, north: ScriptedGateway) -> None:
+    await world.ask(Command.ROUND_START, rounds=1)
+    await world.run_round(north)
+    listed = (await world.ask(Command.MODEL_LIST, limit=5)).result["versions"]
+    assert [row["version"] for row in listed] == [2, 1]
+    assert listed[0]["sha256"] == world.manifest().sha256.hex()
+    assert listed[0]["contributors"] == 3
+    shown = (await world.ask(Command.MODEL_SHOW)).result
+    assert shown["parameters"] == 65
+    assert hashlib.sha256(download(world)).hexdigest() == shown["sha256"]
+    assert world.store.newest_version() is not None
+    assert shown["file"].startswith(str(world.directory))
+    assert (await world.ask(Command.MODEL_SHOW, version=7)).error == "no_such_version"
+
+
+async def test_the_fleet_is_listed_and_shown(world: World, north: ScriptedGateway) -> None:
+    listed = (await world.ask(Command.FLEET_LIST)).result
+    assert (listed["devices"], listed["gateways"][0]["id"]) == (3, "north")
+    gateway = (await world.ask(Command.FLEET_SHOW, id="north")).result
+    assert [member["id"] for member in gateway["members"]] == ["a", "b", "c"]
+    await world.ask(Command.ROUND_START, rounds=1)
+    await world.run_round(north)
+    device = (await world.ask(Command.FLEET_SHOW, id="b")).result
+    assert (device["contributions"], device["life"], device["last_round"]) == (1, "ready", 1)
+    assert (await world.ask(Command.FLEET_SHOW, id="zz")).error == "no_such_member"
+
+
+async def test_the_status_says_how_rounds_went(world: World, north: ScriptedGateway) -> None:
+    await world.ask(Command.ROUND_START, rounds=1)
+    await world.run_round(north)
+    status = (await world.ask(Command.ROUND_STATUS)).result
+    (row,) = status["history"]
+    assert (row["outcome"], row["version"], row["contributors"]) == ("committed", 2, 3)
+    assert row["update_bytes"] > 300
+    assert 0 <= row["holdout_accuracy"] <= 1
+    assert status["settings"]["start_when"] == 3
+
+
+async def test_a_revocation_list_is_published_and_survives(world: World) -> None:
+    authority = world.fleet.signer(Role.AUTHORITY, "authority", "_")
+
+    def signed(version: int) -> bytes:
+        body = Revocations(version=version, serials=(77,))
+        return authority.sign(MessageKind.REVOCATIONS, body, now=world.clock.now).encode()
+
+    assert (await world.ask(Command.KEYS_REVOKE, revocations=signed(5))).result == {"version": 5, "revoked": 1}
+    assert world.topics.broadcast(Broadcast.REVOKED) in world.sent.retained
+    assert (await world.ask(Command.KEYS_REVOKE, revocations=signed(4))).error == "older_list"
+    by_operator = world.fleet.signer(Role.OPERATOR, "op", "_").sign(
+        MessageKind.REVOCATIONS, Revocations(version=9), now=world.clock.now
+    )
+    assert (await world.ask(Command.KEYS_REVOKE, revocations=by_operator.encode())).error == "not_the_authoritys"
+    await world.restart()
+    assert world.coordinator.verifier.revocations.version == 5
+
+
+async def test_obsolete_chunks_are_cleared_and_a_newcomer_always_gets_the_model(tmp_path: Path) -> None:
+    world = World(
+        tmp_path,
+        rounds=RoundSettings(weight_cap=50, start_when=3),
+        storage=StorageConfig(full_every=3, keep_versions=4),
+    )
+    north = ScriptedGateway(world.fleet, "north", ["a", "b", "c"])
+    await world.join(north)
+    fulls = set()
+    for number in range(12):
+        await world.run_round(north, seed=number)
+        download(world)
+        fulls.add(world.manifest().full_version)
+        blobs = [topic for topic in world.sent.retained if "/blob/" in topic]
+        assert len(blobs) <= 2 * 16
+        assert set(world.store.published()) == set(world.coordinator.publisher._published)
+    assert 1 < len(fulls) < 12
+    assert (await world.ask(Command.ROUND_PAUSE)).error == ""
+    await world.run_round(north, seed=99)
+    refused = await world.ask(Command.MODEL_ROLLBACK, version=2)
+    assert "no longer kept" in refused.detail
+    await world.close()

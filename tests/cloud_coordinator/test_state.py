@@ -1,0 +1,295 @@
+"""The coordinator's machine, without anything around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleetfed.cloud_coordinator import events as ev
+from fleetfed.cloud_coordinator.config import RoundSettings
+from fleetfed.cloud_coordinator.state import CoordinatorMachine, Run, State, Wish
+from fleetfed.shared.errors import IllegalTransitionError, RejectReason
+from fleetfed.shared.machine import TimerFired
+from fleetfed.shared.wire.envelope import Digest, MessageId
+
+PLAN = Digest(b"p" * 32)
+
+
+def machine(*, model: bool = True, wish: Wish = Wish.ROUNDS, **settings: Any) -> CoordinatorMachine:
+    return CoordinatorMachine(run=Run(wish=wish, settings=RoundSettings(**settings)), has_model=model)
+
+
+def fleet(*gateways: str, devices: int = 10, stopped: tuple[str, ...] = ()) -> ev.FleetChanged:
+    return ev.FleetChanged(gateways=frozenset(gateways), stopped=frozenset(stopped), devices=devices)
+
+
+def named(gateway: str, number: int = 0) -> ev.Named:
+    return ev.Named(
+        gateway=gateway,
+        message_id=MessageId(number.to_bytes(16, "big")),
+        head=Digest(gateway.encode().ljust(31, b"-") + bytes([number])),
+    )
+
+
+def member(device: str) -> ev.Member:
+    return ev.Member(
+        device=device,
+        site="s",
+        message_id=MessageId(device.encode().ljust(16)),
+        head=Digest(device.encode().ljust(32)),
+        size=1,
+    )
+
+
+def proposal(gateway: str, *devices: str, number: int = 0, plan: Digest = PLAN) -> ev.ProposalVerified:
+    members = tuple(member(device) for device in devices)
+    return ev.ProposalVerified(message=named(gateway, number), plan=plan, members=members)
+
+
+def commit_hash(gateway: str) -> Digest:
+    return Digest(b"commit " + gateway.encode().ljust(25))
+
+
+def reveal(gateway: str, count: int, *, commit: Digest | None = None, number: int = 100) -> ev.RevealVerified:
+    return ev.RevealVerified(
+        message=named(gateway, number), plan=PLAN, commit=commit or commit_hash(gateway), count=count
+    )
+
+
+class Driver:
+    """Plays the runtime: answers what must be answered at once, and remembers all instructions."""
+
+    def __init__(self, machine: CoordinatorMachine) -> None:
+        self.machine = machine
+        self.now = 1_000_000
+        self.done: list[Any] = []
+
+    def feed(self, *events: object) -> list[Any]:
+        begun = len(self.done)
+        for event in events:
+            self._feed(event)
+        return self.done[begun:]
+
+    def _feed(self, event: object) -> None:
+        queue = [event]
+        while queue:
+            for instruction in self.machine.handle(queue.pop(0), self.now):
+                self.done.append(instruction)
+                match instruction:
+                    case ev.OpenRound():
+                        queue.append(ev.RoundOpened(plan=PLAN, expires=self.now + 900_000))
+                    case ev.StoreCommit(message=message):
+                        queue.append(ev.CommitStored(gateway=message.gateway, commit=commit_hash(message.gateway)))
+        self.machine.validate()
+
+    def tick(self, milliseconds: int) -> list[Any]:
+        self.now += milliseconds
+        return self.feed(TimerFired())
+
+    def open(self, *gateways: str) -> None:
+        self.feed(fleet(*gateways))
+        self.tick(1_000)
+        assert self.machine.state is State.COLLECTING
+
+
+def refusals(instructions: list[Any]) -> list[RejectReason]:
+    return [each.reason for each in instructions if isinstance(each, ev.Refuse)]
+
+
+def test_a_round_waits_for_enough_devices_and_for_gateways_to_gather() -> None:
+    driver = Driver(machine(start_when=5))
+    driver.feed(fleet("a", devices=4))
+    driver.tick(10_000)
+    assert driver.machine.state is State.WAITING
+    assert driver.machine.next_deadline() is None
+    driver.feed(fleet("a", "b", devices=5))
+    assert driver.machine.state is State.WAITING
+    deadline = driver.machine.next_deadline()
+    assert deadline is not None
+    driver.tick(deadline - driver.now)
+    assert driver.machine.state is State.COLLECTING
+    assert driver.machine.round is not None
+    assert driver.machine.round.awaited == {"a", "b"}
+
+
+def test_a_round_closes_when_every_awaited_gateway_has_revealed() -> None:
+    driver = Driver(machine())
+    driver.open("a", "b")
+    driver.feed(proposal("a", "x", "y"), proposal("b", "z"), reveal("a", 2))
+    assert driver.machine.state is State.COLLECTING
+    assert ev.StartStep(1) in driver.feed(reveal("b", 1))
+    assert driver.machine.state is State.STEPPING
+
+
+def test_an_empty_proposal_needs_no_reveal() -> None:
+    driver = Driver(machine())
+    driver.open("a", "b")
+    driver.feed(proposal("a"), proposal("b", "z"))
+    assert ev.StartStep(1) in driver.feed(reveal("b", 1))
+
+
+def test_a_gateway_that_was_not_awaited_is_waited_for_once_it_has_a_commit() -> None:
+    driver = Driver(machine())
+    driver.open("a")
+    driver.feed(proposal("late", "w"), proposal("a", "x"), reveal("a", 1))
+    assert driver.machine.state is State.COLLECTING
+    assert ev.StartStep(1) in driver.feed(reveal("late", 1))
+
+
+def test_a_gateway_that_stops_for_good_is_not_waited_for() -> None:
+    driver = Driver(machine())
+    driver.open("a", "b")
+    driver.feed(proposal("a", "x"), reveal("a", 1))
+    done = driver.feed(fleet("a", stopped=("b",)))
+    assert done[0] == ev.StoreAwaited(1, frozenset({"a"}))
+    assert driver.machine.state is State.STEPPING
+
+
+def test_a_gateway_that_is_lost_is_waited_for_until_the_round_expires() -> None:
+    driver = Driver(machine())
+    driver.open("a", "b")
+    driver.feed(proposal("a", "x"), reveal("a", 1), fleet("a"))
+    driver.tick(800_000)
+    assert driver.machine.state is State.COLLECTING
+    driver.tick(200_000)
+    assert driver.machine.state is State.STEPPING
+
+
+def test_too_few_contributors_abort_the_round_and_the_next_waits_longer_each_time() -> None:
+    driver = Driver(machine(quorum_minimum=2))
+    driver.open("a")
+    waits = []
+    for number in range(1, 5):
+        done = driver.feed(proposal("a", "x"), reveal("a", 1))
+        (abort,) = [each for each in done if isinstance(each, ev.StoreAbort)]
+        assert abort == ev.StoreAbort(number, "below_minimum: 1 of at least 2 contributors")
+        deadline = driver.machine.next_deadline()
+        assert deadline is not None
+        waits.append(deadline - driver.now)
+        driver.tick(waits[-1])
+        assert driver.machine.last_round == number + 1
+    assert waits == [1_000, 2_000, 4_000, 8_000]
+
+
+def test_rounds_follow_each_other_after_the_interval() -> None:
+    driver = Driver(machine(interval=5.0))
+    driver.open("a")
+    driver.feed(proposal("a", "x"), reveal("a", 1), ev.StepStored(version=2, accuracy=None))
+    assert driver.machine.state is State.WAITING
+    driver.tick(4_999)
+    assert driver.machine.state is State.WAITING
+    driver.tick(1)
+    assert driver.machine.state is State.COLLECTING
+
+
+@pytest.mark.parametrize(
+    ("settings", "accuracies", "state"),
+    [
+        ({"rounds": 2}, [None, None], State.FINISHED),
+        ({"rounds": 3}, [None, None], State.COLLECTING),
+        ({"target_accuracy": 0.9}, [0.5, 0.9], State.FINISHED),
+        ({"target_accuracy": 0.9}, [0.5, 0.89], State.COLLECTING),
+        ({"target_accuracy": 0.9}, [0.5, None], State.COLLECTING),
+    ],
+)
+def test_training_is_finished_when_a_goal_is_reached(
+    settings: dict[str, Any], accuracies: list[float | None], state: State
+) -> None:
+    driver = Driver(machine(**settings))
+    driver.open("a")
+    for number, accuracy in enumerate(accuracies):
+        driver.feed(proposal("a", "x"), reveal("a", 1), ev.StepStored(version=number + 2, accuracy=accuracy))
+    assert driver.machine.state is state
+    if state is State.FINISHED:
+        driver.feed(ev.StartRequested(RoundSettings()))
+        assert driver.machine.state is State.COLLECTING
+
+
+def test_a_step_that_fails_pauses() -> None:
+    driver = Driver(machine())
+    driver.open("a")
+    done = driver.feed(proposal("a", "x"), reveal("a", 1), ev.StepFailed("NaN"))
+    assert ev.StoreAbort(1, "NaN") in done
+    assert driver.machine.state is State.PAUSED
+
+
+def test_what_is_late_is_refused_and_changes_nothing() -> None:
+    driver = Driver(machine())
+    assert refusals(driver.feed(proposal("a", "x"), reveal("a", 1))) == [RejectReason.LATE] * 2
+    driver.open("a")
+    driver.feed(proposal("a", "x"), reveal("a", 1))
+    assert refusals(driver.feed(proposal("b", "y"))) == [RejectReason.LATE]
+    assert driver.machine.round is not None
+    assert driver.machine.round.committed == 1
+
+
+def test_without_a_model_nothing_runs() -> None:
+    driver = Driver(machine(model=False))
+    driver.feed(ev.Started(), fleet("a"))
+    driver.tick(10_000)
+    assert driver.machine.state is State.NO_MODEL
+    done = driver.feed(ev.ModelStored(1))
+    assert done[0] == ev.PublishModel()
+    assert driver.machine.state is State.COLLECTING
+
+
+def test_an_event_out_of_place_tells_its_story() -> None:
+    with pytest.raises(IllegalTransitionError, match="StepStored is not allowed in state waiting"):
+        machine().handle(ev.StepStored(version=2, accuracy=None), 0)
+
+
+def test_the_diagram_names_every_state() -> None:
+    diagram = CoordinatorMachine.diagram()
+    assert all(state.value in diagram for state in State)
+
+
+_GATEWAYS = ("a", "b", "c")
+_DEVICES = ("u", "v", "w", "x", "y", "z")
+_acts: dict[str, Callable[[Any, Driver], object]] = {
+    "proposal": lambda draw, _: proposal(
+        draw(st.sampled_from(_GATEWAYS)),
+        *draw(st.lists(st.sampled_from(_DEVICES), max_size=3)),
+        number=draw(st.integers(0, 2)),
+    ),
+    "reveal": lambda draw, _: reveal(
+        draw(st.sampled_from(_GATEWAYS)), draw(st.integers(0, 3)), number=draw(st.integers(100, 101))
+    ),
+    "fleet": lambda draw, _: fleet(*draw(st.sets(st.sampled_from(_GATEWAYS)))),
+    "stopped": lambda draw, _: fleet(stopped=tuple(draw(st.sets(st.sampled_from(_GATEWAYS))))),
+    "pause": lambda _, __: ev.PauseRequested(),
+    "resume": lambda _, __: ev.ResumeRequested(),
+    "abort": lambda _, __: ev.AbortRequested("test"),
+    "start": lambda _, __: ev.StartRequested(RoundSettings(rounds=2)),
+    "stored": lambda _, __: ev.StepStored(version=2, accuracy=0.5),
+    "failed": lambda _, __: ev.StepFailed("test"),
+}
+
+
+@given(st.data())
+def test_any_story_keeps_the_invariants_and_counts_nobody_twice(data: st.DataObject) -> None:
+    driver = Driver(machine(quorum_minimum=2, cohort_cap=4))
+    driver.feed(ev.Started(), fleet("a", "b"))
+    for _ in range(data.draw(st.integers(0, 25))):
+        name = data.draw(st.sampled_from([*_acts, "time"]))
+        if name == "time":
+            driver.tick(data.draw(st.sampled_from([1, 500, 10_000, 1_000_000])))
+            continue
+        event = _acts[name](data.draw, driver)
+        if (driver.machine.state, type(event)) in CoordinatorMachine.TABLE:
+            driver.feed(event)
+    committed: dict[str, str] = {}
+    rounds: set[int] = set()
+    for instruction in driver.done:
+        match instruction:
+            case ev.OpenRound(number=number):
+                assert number not in rounds
+                rounds.add(number)
+                committed = {}
+            case ev.StoreCommit(message=message, members=members):
+                for each in members:
+                    assert committed.setdefault(each.device, message.gateway) == message.gateway
+                assert len(committed) <= 4
