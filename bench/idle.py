@@ -1,9 +1,9 @@
 """What a connected, waiting device costs on the wire per day: counted on the socket, extrapolated.
 
-A real device process takes part in one round, then waits. A proxy between device and broker counts every byte of the TCP
-stream in both directions, TLS included. With the true keep-alive of 60 s the window covers ``--pings`` pings; a shorter ``--keepalive`` makes the
-window shorter, and each ping costs the same, so the day is ``86400 / 60`` pings either way. TCP and IP headers (40
-bytes per segment) are printed too.
+A real device process takes part in one round, then waits. A proxy between device and broker counts every byte of the
+TCP stream in both directions, TLS included. With the true keep-alive of 60 s the window covers ``--pings`` pings; a
+shorter ``--keepalive`` makes the window shorter, and each ping costs the same, so the day is ``86400 / 60`` pings
+either way. TCP and IP headers (40 bytes per segment) are printed too.
 
     python bench/idle.py                     # 2 pings at the true 60 s: about 2 minutes
     python bench/idle.py --keepalive 2 --pings 10
