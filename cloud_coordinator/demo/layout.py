@@ -87,6 +87,7 @@ class Folder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.release()
             raise ConfigError(f"another demo is running in {self.path}; stop it or choose another --dir") from None
         for entry in self.path.iterdir():
             if entry != mark:
@@ -271,8 +272,8 @@ def _value(value: object) -> str:
         case int() | float():
             return repr(value)
         case str() | os.PathLike():
-            # TOML's basic strings escape as JSON's do.
-            return json.dumps(str(value))
+            # TOML's basic strings escape as JSON's do, but for DEL, and for what JSON writes as two surrogates.
+            return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
         case list() | tuple():
             return f"[{', '.join(map(_value, value))}]"
     raise TypeError(f"{type(value).__name__} has no TOML form here")
