@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fleetfed_testing.brokers import free_port
 
 from fleetfed.broker.config import BrokerConfig
 from fleetfed.broker.embedded import EmbeddedBroker
@@ -30,7 +31,6 @@ from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.envelope import MessageId, MessageKind
 from fleetfed.shared.wire.messages import Command, Life, Presence, Request, Response, Status
 from fleetfed.shared.wire.topics import CLOUD_SITE, Broadcast, Kind, SiteTopics, Verb
-from fleetfed_testing.brokers import free_port
 
 TOPICS = SiteTopics("demo", CLOUD_SITE)
 Script = Callable[[Request, MessageId], list[tuple[str, bytes]]]
