@@ -12,144 +12,24 @@ import gc
 import logging
 import secrets
 import socket
+import ssl
 from collections.abc import Callable
-from typing import Any, Final, cast
+from typing import Final
 
 from fleetfed.broker.acl import load_acl
 from fleetfed.broker.config import BrokerConfig
 from fleetfed.broker.connection import Connection
 from fleetfed.broker.core import Broker
 from fleetfed.broker.persistence import SqliteStore
-from fleetfed.broker.properties import Buffer
 from fleetfed.broker.store import NO_STORE
 from fleetfed.broker.tls import revoked_serials, server_context
+from fleetfed.broker.transports import CLOSE_SECONDS, PlainClient, TlsClient
 from fleetfed.shared.errors import ConfigError
 
 _LOG = logging.getLogger(__name__)
 
 _SCRATCH: Final = 256 * 1024
-_WRITE_HIGH: Final = 256 * 1024
 _BACKLOG: Final = 1024
-_HANDSHAKE_SECONDS: Final = 10.0
-_CLOSE_SECONDS: Final = 5.0
-"""How long a closed connection may take to flush before it is cut."""
-_JOIN_BELOW: Final = 64 * 1024
-
-
-class _Client(asyncio.BufferedProtocol):
-    """One transport; moves bytes between it and its `Connection`."""
-
-    def __init__(self, server: EmbeddedBroker, *, certified: bool) -> None:
-        self._server = server
-        self._certified = certified
-        self._transport: asyncio.Transport | None = None
-        self._connection: Connection | None = None
-        self._own_buffer = False
-        self._reading = True
-        self._closed = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=_WRITE_HIGH)
-        identity = None
-        if self._certified:
-            identity = _common_name(transport)
-            if identity is None:
-                _LOG.warning("a client's certificate has no common name: refused")
-                self._transport.abort()
-                return
-        # asyncio does this by itself only for sockets that were made with IPPROTO_TCP, which those of a listener from
-        # `socket.create_server` are not. Nagle's algorithm and delayed acknowledgements cost 40 ms per message.
-        sock = transport.get_extra_info("socket")
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._connection = self._server.open(self, identity)
-
-    def serial_number(self) -> int | None:
-        """The serial number of the client's certificate."""
-        certificate = self._transport.get_extra_info("peercert") if self._transport is not None else None
-        return int(certificate["serialNumber"], 16) if certificate else None
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        if self._connection is not None and (buffer := self._connection.receive_buffer()) is not None:
-            self._own_buffer = True
-            return buffer
-        self._own_buffer = False
-        # Shared by all connections: what is received is consumed before the next one reads.
-        return self._server.scratch
-
-    def buffer_updated(self, nbytes: int) -> None:
-        if self._connection is None:
-            return
-        now = self._server.clock()
-        if self._own_buffer:
-            self._connection.buffer_filled(nbytes, now)
-        else:
-            self._connection.receive_data(self._server.scratch[:nbytes], now)
-        self._server.received()
-
-    def eof_received(self) -> bool:
-        return False
-
-    def pause_writing(self) -> None:
-        if self._connection is not None:
-            self._connection.pause_writing()
-
-    def resume_writing(self) -> None:
-        if self._connection is not None:
-            self._connection.resume_writing(self._server.clock())
-            self._server.schedule_flush()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        connection, self._connection = self._connection, None
-        self._closed = True
-        if connection is not None:
-            self._server.closed(connection)
-
-    def flush(self) -> None:
-        """Write what there is, and follow the connection's wishes."""
-        connection, transport = self._connection, self._transport
-        if connection is None or transport is None or self._closed:
-            return
-        while data := connection.data_to_send():
-            _write(transport, data)
-        if connection.closing:
-            self._closed = True
-            transport.close()
-            asyncio.get_running_loop().call_later(_CLOSE_SECONDS, transport.abort)
-            return
-        if connection.wants_read != self._reading:
-            self._reading = connection.wants_read
-            if self._reading:
-                transport.resume_reading()
-                connection.resume_reading(self._server.clock())
-                self._server.schedule_flush()
-            else:
-                transport.pause_reading()
-
-
-def _write(transport: asyncio.Transport, data: list[Buffer]) -> None:
-    """Write with few system calls and TLS records, without copying what is large."""
-    small: list[Buffer] = []
-    for item in data:
-        if len(item) < _JOIN_BELOW:
-            small.append(item)
-            continue
-        if small:
-            transport.write(small[0] if len(small) == 1 else b"".join(small))
-            small = []
-        transport.write(item)
-    if small:
-        transport.write(small[0] if len(small) == 1 else b"".join(small))
-
-
-def _common_name(transport: asyncio.BaseTransport) -> str | None:
-    certificate = transport.get_extra_info("peercert") or {}
-    for attributes in certificate.get("subject", ()):
-        for name, value in attributes:
-            if name == "commonName" and value:
-                return str(value)
-    return None
 
 
 class EmbeddedBroker:
@@ -171,7 +51,8 @@ class EmbeddedBroker:
         self._config = config
         self._core: Broker | None = None
         self._store: SqliteStore | None = None
-        self._clients: dict[Connection, _Client] = {}
+        self._clients: dict[Connection, PlainClient] = {}
+        self._transports: set[PlainClient] = set()
         self._listeners: list[tuple[socket.socket, bool]] = []
         self._servers: list[asyncio.Server] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -181,6 +62,8 @@ class EmbeddedBroker:
         self._timer_at: float | None = None
         self.clock: Callable[[], float] = lambda: 0.0
         self.scratch = memoryview(bytearray(_SCRATCH))
+        self.ciphertext = memoryview(bytearray(_SCRATCH))
+        self.tls: ssl.SSLContext | None = None
         self.port = 0
         self.plain_port: int | None = None
 
@@ -192,6 +75,8 @@ class EmbeddedBroker:
         """
         config = self._config
         acl = load_acl(config.acl_file) if config.acl_file is not None else None
+        if config.tls is not None:
+            self.tls = server_context(config.tls)
         if config.persistence_dir is not None:
             self._store = SqliteStore(config.persistence_dir / "broker.sqlite")
         self._loop = asyncio.get_running_loop()
@@ -227,19 +112,13 @@ class EmbeddedBroker:
         self._listeners.append((sock, tls))
 
     async def _serve(self) -> None:
-        """Accept on duplicates of the listening sockets, so that a reload loses no connection that waits there."""
         assert self._loop is not None
         for sock, tls in self._listeners:
-            files = self._config.tls if tls else None
-            options: dict[str, Any] = {}
-            if files is not None:
-                options = {"ssl": server_context(files), "ssl_handshake_timeout": _HANDSHAKE_SECONDS}
-            certified = tls
+            make = TlsClient if tls else PlainClient
             server = await self._loop.create_server(
-                lambda certified=certified: _Client(self, certified=certified),  # type: ignore[misc]
-                sock=sock.dup(),
+                lambda make=make: make(self),  # type: ignore[misc]
+                sock=sock,
                 backlog=_BACKLOG,
-                **options,
             )
             self._servers.append(server)
 
@@ -251,6 +130,9 @@ class EmbeddedBroker:
         for sock, _ in self._listeners:
             sock.close()
         self._listeners.clear()
+        for client in list(self._transports):
+            if client.connection is None:
+                client.abort()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -261,7 +143,7 @@ class EmbeddedBroker:
             self._idle.clear()
             if self._clients:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._idle.wait(), _CLOSE_SECONDS)
+                    await asyncio.wait_for(self._idle.wait(), CLOSE_SECONDS)
             for client in list(self._clients.values()):
                 client.connection_lost(None)
             core.commit()
@@ -282,16 +164,13 @@ class EmbeddedBroker:
         acl = load_acl(config.acl_file) if config.acl_file is not None else None
         revoked: frozenset[int] = frozenset()
         if config.tls is not None:
-            server_context(config.tls)
+            context = server_context(config.tls)
             if config.tls.crl is not None:
                 revoked = revoked_serials(config.tls.crl)
-        old, self._servers = self._servers, []
-        await self._serve()
-        for server in old:
-            server.close()
+            self.tls = context
         self._core.set_acl(acl)
         for connection, client in list(self._clients.items()):
-            if client.serial_number() in revoked:
+            if client.serial in revoked:
                 _LOG.info("%s is revoked: disconnected", connection.identity)
                 connection.revoke(self.clock())
         self._flush()
@@ -300,10 +179,23 @@ class EmbeddedBroker:
         """Counters and present sizes, by name."""
         return self._core.statistics() if self._core is not None else {}
 
-    # ------------------------------------------------------------------------------------------ for _Client
+    # ------------------------------------------------------------------------------------------ for the transports
 
-    def open(self, client: _Client, identity: str | None) -> Connection:
-        """A transport is ready."""
+    def arrived(self, client: PlainClient) -> bool:
+        """A transport has connected, perhaps to shake hands first; ``False`` if there is no room for it."""
+        assert self._core is not None
+        if len(self._transports) >= self._config.limits.max_connections:
+            self._core.router.counters.connections_refused += 1
+            return False
+        self._transports.add(client)
+        return True
+
+    def left(self, client: PlainClient) -> None:
+        """A transport is gone, whether it was served or not."""
+        self._transports.discard(client)
+
+    def open(self, client: PlainClient, identity: str | None) -> Connection:
+        """A transport is ready, its identity proven."""
         assert self._core is not None
         connection = self._core.open(identity, self.clock())
         self._clients[connection] = client

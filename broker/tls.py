@@ -26,7 +26,7 @@ def server_context(files: TlsFiles) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_mode = ssl.CERT_REQUIRED
     # A client that resumes would skip the look at the revocation list.
-    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION
+    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     context.num_tickets = 0
     try:
         context.load_cert_chain(files.cert, files.key)
