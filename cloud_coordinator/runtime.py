@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import resource
 import secrets
 import signal
 from collections import deque
+from pathlib import Path
 from typing import Any, Final
 
 from fleetfed.cloud_coordinator.blobstore import BlobStore
@@ -26,7 +28,7 @@ from fleetfed.cloud_coordinator.publish import Outgoing
 from fleetfed.cloud_coordinator.service import Coordinator
 from fleetfed.cloud_coordinator.store import Store
 from fleetfed.shared.clock import unix_ms
-from fleetfed.shared.errors import StorageError
+from fleetfed.shared.errors import ConfigError, StorageError
 from fleetfed.shared.files import write_atomic
 from fleetfed.shared.mqtt.config import Will
 from fleetfed.shared.mqtt.errors import PublishRefusedError, SessionLostError
@@ -135,7 +137,14 @@ class Runtime:
         self._session_number = secrets.randbits(63)
         self._changed = asyncio.Event()
         self._meter = ByteMeter()
-        config.state.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(config.state)
+        try:
+            self._open(config)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _open(self, config: CoordinatorConfig) -> None:
         blobs = BlobStore(config.state / "blobs")
         self._store = Store(config.database_url, blobs)
         try:
@@ -194,6 +203,7 @@ class Runtime:
             await self._coordinator.stop()
             write_atomic(self._coordinator.state_file(), self._status())
             self._store.close()
+            os.close(self._lock)
 
     async def _farewell(self) -> None:
         await self._coordinator.stop()
@@ -285,6 +295,21 @@ async def run_coordinator(config: CoordinatorConfig, *, stop: asyncio.Event | No
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
     return 0
+
+
+def _lock(folder: Path) -> int:
+    """Keep other processes from the state folder until the descriptor is closed; a crash closes it too."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise ConfigError(f"state folder {folder}: {error.strerror}; it must be writable") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise ConfigError(f"state folder {folder} is in use by another coordinator; stop that one first") from error
+    return descriptor
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

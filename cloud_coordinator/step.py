@@ -37,16 +37,18 @@ class ServerState:
 
     Attributes:
         optimizer: `optimizers.ServerOptimizer.state`; empty for the initial one.
+        name: which optimizer's state it is.
         residual: what the last patch lost, float32 of shape (dimension,); None for nothing.
     """
 
     optimizer: bytes = b""
+    name: str = ""
     residual: Weights | None = None
 
     def encode(self) -> bytes:
         """The state's bytes, for the blob store."""
         residual = b"" if self.residual is None else self.residual.astype("<f4").tobytes()
-        packed = msgpack.packb([1, self.optimizer, residual], use_bin_type=True)
+        packed = msgpack.packb([1, self.name, self.optimizer, residual], use_bin_type=True)
         assert isinstance(packed, bytes)
         return packed
 
@@ -58,13 +60,13 @@ class ServerState:
             StorageError: it is damaged.
         """
         try:
-            version, optimizer, residual = msgpack.unpackb(data, max_bin_len=len(data))
+            version, name, optimizer, residual = msgpack.unpackb(data, max_bin_len=len(data))
             if version != 1:
                 raise StorageError(f"server state of version {version}")
             values: Any = np.frombuffer(residual, dtype="<f4")
         except (ValueError, TypeError) as error:
             raise StorageError(f"the stored server state is damaged: {error}") from error
-        return cls(optimizer=optimizer, residual=values.astype(np.float32) if len(values) else None)
+        return cls(name=name, optimizer=optimizer, residual=values.astype(np.float32) if len(values) else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +128,7 @@ def take_step(
 
     Raises:
         StepError: the sum is impossible, or the optimizer leaves the finite numbers.
-        StorageError: the stored state is of another optimizer or model.
+        StorageError: the stored state is damaged.
     """
     grid = Grid(
         tuple(slot.size for slot in card.tensors),
@@ -137,7 +139,8 @@ def take_step(
     try:
         meta = check_partial(total)
         optimizer = make_optimizer(config.optimizer, grid.dimension)
-        if state.optimizer:
+        # Another optimizer, since the settings changed, begins anew: moments mean nothing to it.
+        if state.name == config.optimizer.name:
             optimizer.restore(state.optimizer)
         step = optimizer.step(mean_delta(total.values(), grid, weight=meta.weight))
         patched = make_patch(
@@ -156,7 +159,7 @@ def take_step(
         raise StepError(f"the round's sum cannot be applied: {error}") from error
     return Step(
         patched=patched,
-        state=ServerState(optimizer=optimizer.state(), residual=patched.residual),
+        state=ServerState(name=config.optimizer.name.value, optimizer=optimizer.state(), residual=patched.residual),
         clips=after,
         meta=meta,
     )

@@ -220,6 +220,16 @@ async def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
         await run_coordinator(config_of(tmp_path, Nowhere(), fleet), stop=asyncio.Event())
 
 
+async def test_one_state_folder_serves_one_coordinator(tmp_path: Path, embedded_broker: Callable[..., Any]) -> None:
+    config = config_of(tmp_path, embedded_broker(tls=False), Fleet())
+    async with running(config):
+        await eventually((config.state / "coordinator.db").exists)
+        with pytest.raises(ConfigError, match="in use by another coordinator"):
+            await run_coordinator(config, stop=asyncio.Event())
+    async with running(config):
+        pass
+
+
 def test_importing_the_coordinator_imports_no_tensorflow_and_no_terminal() -> None:
     program = (
         "import sys, fleetfed.cloud_coordinator.runtime; "
