@@ -215,3 +215,22 @@ assert "ai_edge_litert" in sys.modules or "tflite_runtime" in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_example_settings_say_the_defaults(tmp_path: Path) -> None:
+    """As they stand, and with every commented default switched on, they mean the same."""
+    text = (Path(__file__).parents[2] / "examples" / "device.toml").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("# function")]
+    verbose = [
+        line[2:] if line.startswith("# ") and " = " in line and not line.startswith("# Every") else line
+        for line in lines
+    ]
+    (tmp_path / "plain.toml").write_text(text)
+    (tmp_path / "verbose.toml").write_text("\n".join(verbose))
+    plain, full = config.load(tmp_path / "plain.toml"), config.load(tmp_path / "verbose.toml")
+    identity = plain.identity
+    assert (plain.data, plain.run, plain.labels) == (full.data, full.run, full.labels)
+    assert plain.broker.connection(client_id="d", identity=identity) == full.broker.connection(
+        client_id="d", identity=identity
+    )
+    assert len(verbose) - sum(line.startswith("#") for line in verbose) > 30
