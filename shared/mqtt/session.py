@@ -295,6 +295,7 @@ class Session:
             # The broker kept the session's filters, those too that were dropped while there was no connection.
             await self._drop_unwanted(link)
             await link.subscribe_all(self._subscriptions)
+            _heed_cancellation()
             self._link = link
             self._connects += 1
             self._online.set()
@@ -358,6 +359,7 @@ class Session:
 
     async def _dispatch(self) -> None:
         while True:
+            _heed_cancellation()
             while not self._queue or not self._ready(self._queue[0]):
                 self._arrived.clear()
                 await self._arrived.wait()
@@ -398,3 +400,13 @@ class Session:
                 raise
             return False
         return True
+
+
+def _heed_cancellation() -> None:
+    """End a task that was cancelled.
+
+    Python 3.11's `asyncio.wait_for`, which aiomqtt waits with, loses a cancellation that meets the broker's answer.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -220,6 +220,13 @@ async def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
         await run_coordinator(config_of(tmp_path, Nowhere(), fleet), stop=asyncio.Event())
 
 
+async def test_a_stop_at_any_moment_of_the_start_ends_it(tmp_path: Path, embedded_broker: Callable[..., Any]) -> None:
+    config = config_of(tmp_path, embedded_broker(tls=False), Fleet())
+    for moment in range(25):
+        async with asyncio.timeout(10), running(config):
+            await asyncio.sleep(0.0015 * moment)
+
+
 async def test_one_state_folder_serves_one_coordinator(tmp_path: Path, embedded_broker: Callable[..., Any]) -> None:
     config = config_of(tmp_path, embedded_broker(tls=False), Fleet())
     async with running(config):
