@@ -153,13 +153,17 @@ def end(process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGKILL) 
 
 
 @pytest.fixture
-def site(tmp_path: Path, mosquitto_broker: Callable[..., RunningBroker]) -> Iterator[Site]:
-    site = Site(tmp_path, mosquitto_broker())
+def site(tmp_path: Path, embedded_broker: Callable[..., RunningBroker]) -> Iterator[Site]:
+    site = Site(tmp_path, embedded_broker())
     yield site
     site.close()
 
 
-pytestmark = [pytest.mark.mosquitto]
+@pytest.fixture
+def mosquitto_site(tmp_path: Path, mosquitto_broker: Callable[..., RunningBroker]) -> Iterator[Site]:
+    site = Site(tmp_path, mosquitto_broker())
+    yield site
+    site.close()
 
 
 def next_version(site: Site, step: float, *, bits: int = 4) -> tuple[Manifest, tuple[Publishable, ...], bytes]:
@@ -209,6 +213,22 @@ def test_a_round_and_the_patch_after_it(site: Site) -> None:
     stop()
     site.gateway.wait(lambda: site.gateway.presence["d-1"].life is Life.SLEEPING)
     assert len(site.gateway.updates) == 1
+
+
+@pytest.mark.mosquitto
+def test_a_round_and_a_sleep_over_mosquitto(mosquitto_site: Site) -> None:
+    """What was said while it slept is waiting for it."""
+    site = mosquitto_site
+    stop = site.thread()
+    site.publish_model()
+    site.next_plan()
+    site.update(1)
+    site.wait_status(lambda s: s["rounds"][-1]["outcome"] == "accepted")
+    stop()
+    site.next_plan()
+    site.thread()
+    site.update(2)
+    site.wait_status(lambda s: s["rounds"][-1]["outcome"] == "accepted")
 
 
 def test_error_feedback_of_an_accepted_update_reaches_the_next(site: Site) -> None:
