@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,18 +157,21 @@ def test_a_kept_fleet_answers_the_command_line(tmp_path: Path) -> None:
     fleet.wait_for("goes on running")
     config = fleet.directory / "operator.toml"
 
-    def call(*arguments: str) -> tuple[int, Any]:
+    def call(*arguments: str, as_json: bool = True) -> tuple[int, Any]:
+        options = ("-c", str(config), "--json") if as_json else ("-c", str(config))
         result = subprocess.run(
-            (sys.executable, "-P", "-m", "fleetfed.cloud_coordinator", *arguments, "-c", str(config), "--json"),
+            (sys.executable, "-P", "-m", "fleetfed.cloud_coordinator", *arguments, *options),
             capture_output=True,
             text=True,
             timeout=60,
             check=False,
         )
-        return result.returncode, json.loads(result.stdout)
+        return result.returncode, json.loads(result.stdout) if as_json else result.stdout
 
     code, status = call("round", "status")
     assert (code, status["state"], status["made"]) == (0, "finished", 2)
+    code, watched = call("round", "watch", "--until-idle", as_json=False)
+    assert (code, watched.split(":")[0]) == (0, "finished")
     code, versions = call("model", "list")
     assert [row["version"] for row in versions["versions"]] == [3, 2, 1]
     code, listed = call("fleet", "list")
@@ -182,7 +186,14 @@ def test_a_kept_fleet_answers_the_command_line(tmp_path: Path) -> None:
     assert call("model", "rollback", "2")[1]["version"] == 4
     code, refused = call("model", "show", "99")
     assert (code, refused["error"]) == (5, "no_such_version")
-    assert call("round", "start", "--rounds", "1")[0] == 0
+    revoke = ("keys", "revoke", "d-01", "--dir", str(fleet.directory / "keys"))
+    assert call(*revoke)[1]["delivered"]
+    assert call("round", "start", "--rounds", "1", "--deadline", "2", "--expires", "4")[0] == 0
+    deadline = time.monotonic() + 30
+    while (status := call("round", "status")[1])["made"] < 1 or status["state"] != "finished":
+        assert time.monotonic() < deadline, status
+    last = status["history"][-1]
+    assert (last["outcome"], last["contributors"]) == ("committed", 1)
     fleet.process.send_signal(signal.SIGINT)
     assert fleet.end()[0] == 0
     assert not survivors(fleet.directory)
