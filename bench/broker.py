@@ -4,7 +4,8 @@
 
 Each broker is a process of its own, the client another one. The client's packets are encoded beforehand and its
 answers are made without decoding, so that the broker is what is measured. Brokers take turns and the median counts;
-CPU time per message is the figure that a busy machine disturbs least. Goal: at least half of Mosquitto at each size.
+CPU time per message is the figure that a busy machine disturbs least. Mosquitto runs as FleetFed configures it and
+with its own default for Nagle's algorithm; the better of both is the anchor. Goal: at least half of it at each size.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from tests.broker.certificates import Authority  # noqa: E402
 KB, MB = 1024, 1024 * 1024
 WINDOW = 20
 GOAL = 0.5
+NAGLE = "mosq. Nagle"
+"""Mosquitto with its default ``set_tcp_nodelay false``: less work for small messages, and pauses of 40 ms."""
 JOINED = 16 * KB
 PACKET_ID_AT_END = 2
 
@@ -232,10 +235,9 @@ class Server(AbstractContextManager["Server"]):
 
     def __enter__(self) -> Server:
         self.folder.mkdir(exist_ok=True)
-        if self.kind == "mosquitto":
+        if self.kind != "embedded":
             self.loop = asyncio.new_event_loop()
-            # Its default, with which it has less work for small messages, and more delay.
-            self.mosquitto = MosquittoProcess(self.config, self.folder, nodelay=False)
+            self.mosquitto = MosquittoProcess(self.config, self.folder, nodelay=self.kind == "mosquitto")
             self.loop.run_until_complete(self.mosquitto.start())
             self.pid = self.mosquitto.pid or 0
             self.port, self.plain_port = self.mosquitto.port, self.mosquitto.plain_port or 0
@@ -258,7 +260,7 @@ class Server(AbstractContextManager["Server"]):
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.kind == "mosquitto":
+        if self.kind != "embedded":
             self.loop.run_until_complete(self.mosquitto.stop())
             self.loop.close()
             return
@@ -326,10 +328,10 @@ def main() -> int:
     if find_mosquitto() is None:
         print("mosquitto is not installed: only the embedded broker is measured")
     else:
-        kinds.append("mosquitto")
+        kinds += ["mosquitto", NAGLE]
     medians: list[Result] = []
     worst = float("inf")
-    head = f"{'':14}{'broker':11}{'messages/s':>12}{'MB/s':>9}{'CPU us/msg':>12}{'peak RSS MB':>13}{'ratio':>8}"
+    head = f"{'':14}{'broker':13}{'messages/s':>12}{'MB/s':>9}{'CPU us/msg':>12}{'peak RSS MB':>13}{'ratio':>8}"
     print(head)
     with tempfile.TemporaryDirectory(prefix="fleetfed-bench-") as name:
         folder = Path(name)
@@ -347,20 +349,20 @@ def main() -> int:
                         runs[kind].append(measure(kind, load, tls=tls, authority=authority, folder=where))
                 found = {kind: median(items) for kind, items in runs.items()}
                 medians += found.values()
-                anchor = found.get("mosquitto")
+                anchor = max((found[kind].messages_per_second for kind in kinds[1:]), default=float("nan"))
                 for kind, item in found.items():
-                    ratio = item.messages_per_second / anchor.messages_per_second if anchor else float("nan")
-                    if kind == "embedded" and anchor:
+                    ratio = item.messages_per_second / anchor
+                    if kind == "embedded":
                         worst = min(worst, ratio)
                     print(
-                        f"{item.transport + ' ' + item.load:14}{kind:11}{item.messages_per_second:12,.0f}"
+                        f"{item.transport + ' ' + item.load:14}{kind:13}{item.messages_per_second:12,.0f}"
                         f"{item.megabytes_per_second:9.1f}{item.cpu_microseconds_per_message:12.1f}"
                         f"{item.rss_megabytes:13.1f}{ratio:8.2f}",
                         flush=True,
                     )
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(item) for item in medians], indent=2) + "\n")
-    if len(kinds) == 2:
+    if len(kinds) > 1:
         print(f"worst ratio {worst:.2f}, goal {GOAL}: {'reached' if worst >= GOAL else 'MISSED'}")
         return 0 if worst >= GOAL else 1
     return 0
