@@ -1,6 +1,7 @@
 """Objects that the gateway relays, as files: chunks go in at their offsets, and come out as they went in.
 
-A part file survives a crash; which of its chunks are good is found by hashing them, so nothing else must be durable.
+Nothing here is promised to anybody, and all of it can be fetched again: so nothing is synced to the disk, which would
+hold up every round, and what a power cut has damaged is found by its hashes at the next start.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from fleetfed.shared.files import sync_directory
 from fleetfed.shared.wire.blobs import part_count, part_size, unwrap
 from fleetfed.shared.wire.envelope import digest
 from fleetfed.shared.wire.messages import BlobRef
@@ -34,10 +34,11 @@ class BlobStore:
     def stored_chunks(self, ref: BlobRef) -> list[int]:
         """Chunks of an unfinished object that an earlier attempt left intact."""
         part = self._part(ref)
-        if not part.exists():
-            return []
+        return self._good_chunks(ref, part) if part.exists() else []
+
+    def _good_chunks(self, ref: BlobRef, path: Path) -> list[int]:
         good = []
-        with part.open("rb") as file:
+        with path.open("rb") as file:
             for index in range(part_count(ref)):
                 data = file.read(part_size(ref, index))
                 if digest(data)[:16] == ref.parts[16 * index : 16 * index + 16]:
@@ -54,12 +55,17 @@ class BlobStore:
             os.close(descriptor)
 
     def finish(self, ref: BlobRef) -> None:
-        """All chunks are there: make the object durable under its name."""
-        part = self._part(ref)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(self._path(ref))
-        sync_directory(self._directory)
+        """All chunks are there: give the object its name."""
+        self._part(ref).replace(self._path(ref))
+
+    def check(self, ref: BlobRef) -> bool:
+        """Whether the whole object is here and intact; a damaged one is removed."""
+        if not self.has(ref):
+            return False
+        if len(self._good_chunks(ref, self._path(ref))) == part_count(ref):
+            return True
+        self.discard(ref)
+        return False
 
     def put(self, ref: BlobRef, data: bytes) -> None:
         """Store a whole object that was made here."""

@@ -210,11 +210,12 @@ class UpstreamLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreRound:
-    """A round begins: keep its plan."""
+    """A round begins: keep its plan and the sizes of the model's tensors; another model may come meanwhile."""
 
     round: int
     hash: Digest
     raw: bytes
+    sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

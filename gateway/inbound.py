@@ -54,6 +54,16 @@ T = TypeVar("T")
 _HEAD_ROOM: Final = 4096
 """Bytes of a reveal beside its words."""
 _SMALL_MESSAGE: Final = 1 << 17
+_NEVER_TAKEN: Final = frozenset(
+    {
+        RejectReason.REVOKED,
+        RejectReason.EXPIRED_CERTIFICATE,
+        RejectReason.BAD_CERTIFICATE,
+        RejectReason.WRONG_ROLE,
+        RejectReason.WRONG_SITE,
+    }
+)
+"""Faults of the sender and not of the message: nothing that such a member sends can be taken."""
 
 
 class Inbound:
@@ -211,6 +221,9 @@ class Inbound:
         self._performer.count(f"message of {member}", error.reason, error.detail)
         if head is not None:
             self._performer.send_receipt(kind, member, head.header.message_id, head.hash, error.reason)
+        if error.reason in _NEVER_TAKEN:
+            # To wait for it would hold this round, and every one to come, until the deadline.
+            self._fed(ev.PresenceArrived(kind=kind, member=member, presence=None))
 
     def _update_complete(self, device: str, message: Complete) -> None:
         rnd, head = self._machine.round, message.head

@@ -8,11 +8,12 @@ of devices. A round's rows are deleted when it is over; of its updates only the 
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from fleetfed.gateway import events as ev
 from fleetfed.gateway.record import Accepted, Child, RoundRecord, Sent
@@ -48,6 +49,7 @@ def round_rows(event: ev.StoreRound) -> Rows:
         *_clear(),
         (_FACT, ("plan", event.raw)),
         (_FACT, ("plan_hash", event.hash)),
+        (_FACT, ("sizes", json.dumps(event.sizes).encode())),
         (_FACT, ("last_round", str(event.round).encode())),
         # Of the round before: only its receipts, which `forget_rows` has put aside.
     ]
@@ -115,12 +117,14 @@ class Stored:
         previous: what the devices of the last round may still ask about.
         record: the round that is on, if any.
         plan: its message; empty for none.
+        sizes: values per tensor of its model.
     """
 
     last_round: int
     previous: Previous
     record: RoundRecord | None
     plan: bytes
+    sizes: tuple[int, ...]
 
 
 class Journal:
@@ -191,10 +195,11 @@ class Journal:
                 accepted={device: (MessageId(id_), Digest(hash_)) for device, id_, hash_ in rows},
             )
             record = self._record(facts) if "plan" in facts else None
+            sizes = tuple(int(size) for size in json.loads(facts.get("sizes", b"[]")))
         except (sqlite3.Error, RemoteProtocolError, KeyError, ValueError) as error:
             raise StorageError(f"{self._path}: {error}") from error
         last_round = max(previous.round, record.plan.round if record else 0)
-        return Stored(last_round=last_round, previous=previous, record=record, plan=facts.get("plan", b""))
+        return Stored(last_round=last_round, previous=previous, record=record, plan=facts.get("plan", b""), sizes=sizes)
 
     def _record(self, facts: dict[str, bytes]) -> RoundRecord:
         plan = decode_stored(Plan, facts["plan"])
@@ -227,11 +232,11 @@ class Journal:
 
     def heads(self) -> dict[MessageId, bytes]:
         """The heads of the stored updates."""
-        return {MessageId(id_): head for id_, head in self._reader.execute("SELECT message_id, head FROM updates")}
+        return {MessageId(id_): head for id_, head in self._rows("SELECT message_id, head FROM updates")}
 
     def child_proposals(self) -> dict[str, bytes]:
         """The proposals of gateways below."""
-        return dict(self._reader.execute("SELECT gateway, proposal FROM children").fetchall())
+        return dict(self._rows("SELECT gateway, proposal FROM children"))
 
     def bodies(self, message_ids: Iterable[MessageId]) -> Iterator[bytes]:
         """The bodies of stored updates, one at a time."""
@@ -240,14 +245,14 @@ class Journal:
 
     def reveals(self) -> Iterator[bytes]:
         """The stored reveals of gateways below, one message at a time."""
-        names = self._reader.execute("SELECT gateway FROM children WHERE reveal IS NOT NULL").fetchall()
+        names = self._rows("SELECT gateway FROM children WHERE reveal IS NOT NULL")
         for (gateway,) in names:
             yield self._one("SELECT reveal FROM children WHERE gateway = ?", gateway)
 
     def fact(self, name: str) -> bytes | None:
         """What `fact_rows` stored; None once the round is over."""
-        row = self._reader.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return None if row is None else bytes(row[0])
+        found = self._rows("SELECT value FROM facts WHERE name = ?", name)
+        return bytes(found[0][0]) if found else None
 
     def receipt(self, message_id: MessageId) -> bytes | None:
         """The receipt stored with a message of this round or the one before."""
@@ -258,16 +263,22 @@ class Journal:
             "SELECT receipt FROM previous WHERE message_id = ?",
         )
         for query in queries:
-            row = self._reader.execute(query, (message_id,)).fetchone()
-            if row is not None:
-                return bytes(row[0])
+            found = self._rows(query, message_id)
+            if found:
+                return bytes(found[0][0])
         return None
 
     def _one(self, query: str, key: object) -> bytes:
-        row = self._reader.execute(query, (key,)).fetchone()
-        if row is None:
+        found = self._rows(query, key)
+        if not found:
             raise StorageError(f"{self._path}: a row is missing: {query}")
-        return bytes(row[0])
+        return bytes(found[0][0])
+
+    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        try:
+            return self._reader.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise StorageError(f"{self._path}: {error}") from error
 
 
 def commit_event(raw: bytes, commit: Commit) -> ev.CommitArrived:

@@ -7,7 +7,7 @@ since and is ignored, as Sparkplug's bdSeq does. No I/O.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -137,14 +137,19 @@ class Members:
         return Census(
             site=site,
             level=self.level,
-            devices=len(own) + sum(census.devices for census in below),
-            ready=lives(Life.READY) + sum(census.ready for census in below),
-            sleeping=lives(Life.SLEEPING) + sum(census.sleeping for census in below),
-            lost=lives(Life.LOST) + sum(census.lost for census in below),
+            devices=_bounded(len(own), (census.devices for census in below)),
+            ready=_bounded(lives(Life.READY), (census.ready for census in below)),
+            sleeping=_bounded(lives(Life.SLEEPING), (census.sleeping for census in below)),
+            lost=_bounded(lives(Life.LOST), (census.lost for census in below)),
             members=tuple(summaries[:CENSUS_MEMBERS]),
             truncated=len(summaries) > CENSUS_MEMBERS or any(census.truncated for census in below),
             model_version=model_version,
             round=round,
-            answered=answered + sum(census.answered for census in below if round and census.round == round),
-            expected=expected + sum(census.expected for census in below if round and census.round == round),
+            answered=_bounded(answered, (census.answered for census in below if round and census.round == round)),
+            expected=_bounded(expected, (census.expected for census in below if round and census.round == round)),
         )
+
+
+def _bounded(own: int, below: Iterable[int]) -> int:
+    """A sum that fits its field, whatever gateways below claim."""
+    return min(own + sum(below), 1 << 53)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -9,6 +10,9 @@ from typing import Final
 from fleetfed.gateway.events import CommitArrived
 from fleetfed.shared.wire.envelope import Digest, MessageId
 from fleetfed.shared.wire.messages import Plan
+
+_LABELS: Final = 64
+_MOST: Final = 1 << 53
 
 NEVER: Final = 1 << 62
 """A time that does not come."""
@@ -103,3 +107,8 @@ def close_time(plan: Plan, level: int) -> int:
     """When a gateway of ``level`` closes at the latest: ``deadline`` at the leaves, later above, before ``expires``."""
     step = (plan.expires - plan.deadline) / (plan.tiers + 1)
     return min(plan.expires, plan.deadline + round(level * step))
+
+
+def bounded(counts: Counter[str]) -> dict[str, int]:
+    """Counts that fit a proposal, whatever gateways below have counted."""
+    return {label: min(count, _MOST) for label, count in counts.most_common(_LABELS) if count > 0}

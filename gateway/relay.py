@@ -23,7 +23,6 @@ from fleetfed.gateway.blobs import BlobStore
 from fleetfed.gateway.events import ModelServed
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError, StorageError
-from fleetfed.shared.files import write_atomic
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.mqtt.errors import RefusedError, SessionLostError
 from fleetfed.shared.wire import codec
@@ -222,7 +221,7 @@ class Relay:
             await self._fetch(ref)
         self._sizes = self._read_card(offer.manifest.card)
         if self._held is not offer:
-            write_atomic(self._directory / "manifest.bin", offer.raw)
+            self._keep("manifest.bin", offer.raw)
             self._held = offer
         await self._put_out(offer)
         if self._announced != offer.raw:
@@ -338,6 +337,8 @@ class Relay:
             head = parse_head(raw)
             body = open_body(head.header, memoryview(raw)[head.size :])
             held = _Offer(codec.decode(Manifest, body, limit=len(body)), raw)
+            for ref in held.all:
+                self._blobs.check(ref)
             self._sizes = self._read_card(held.manifest.card)
         except (RemoteProtocolError, OSError) as error:
             _log.warning("relay: %s is of no use (%s); waiting for the tier above", path, error)
@@ -359,10 +360,17 @@ class Relay:
         except FileNotFoundError:
             return {}
         except (ValueError, AttributeError) as error:
-            raise StorageError(f"{self._directory / 'published.json'}: {error}; delete it") from error
+            _log.warning("relay: published.json is of no use (%s); what was published before stays retained", error)
+            return {}
 
     def _save_published(self) -> None:
-        write_atomic(self._directory / "published.json", json.dumps(self._published).encode())
+        self._keep("published.json", json.dumps(self._published).encode())
+
+    def _keep(self, name: str, data: bytes) -> None:
+        """Replace a file; it survives the process, and after a power cut is old, new or unreadable."""
+        temporary = self._directory / f".{name}"
+        temporary.write_bytes(data)
+        temporary.replace(self._directory / name)
 
     def _event(self, offer: _Offer) -> ModelServed:
         return ModelServed(version=offer.manifest.version, sha256=offer.manifest.sha256, sizes=self._sizes)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 from fleetfed.gateway import events as ev
-from fleetfed.gateway.record import Accepted, Child, Place, RoundRecord, RoundState, Sent, close_time
+from fleetfed.gateway.record import Accepted, Child, Place, RoundRecord, RoundState, Sent, bounded, close_time
 from fleetfed.shared.aggregate.accumulator import Ring
 from fleetfed.shared.aggregate.body import max_body
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
@@ -291,6 +291,8 @@ class RoundMachine(Machine[RoundState]):
         if self.state is not RoundState.OPEN:
             return self._refuse_gateway(event, RejectReason.LATE, f"the round is {self.state} here")
         members = frozenset(event.members)
+        if members & self._device_of.keys() or any(members & child.members for child in self.record.children.values()):
+            return self._refuse_gateway(event, RejectReason.CONFLICT, "somebody else proposed members of it")
         if self.contributors + len(members) > self.record.plan.quorum.cohort_cap:
             return self._refuse_gateway(event, RejectReason.COHORT_FULL, f"{self.contributors} + {len(members)}")
         self.record.children[event.gateway] = Child(event.message_id, members, event.declined, event.rejected)
@@ -351,7 +353,7 @@ class RoundMachine(Machine[RoundState]):
             declined.update(child.declined)
             rejected.update(child.rejected)
         drop = [ev.DropUpdates(message_ids=tuple(update.message_id for _, update in void), forget=True)] if void else []
-        return [*drop, ev.MakeProposal(declined=dict(declined), rejected=dict(rejected))]
+        return [*drop, ev.MakeProposal(declined=bounded(declined), rejected=bounded(rejected))]
 
     def _proposal_made(self, event: ev.ProposalMade, now: int) -> list[Any]:
         self.record.proposal = Sent(event.message_id, event.head)

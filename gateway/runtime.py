@@ -33,6 +33,7 @@ from fleetfed.shared.errors import ConfigError, RemoteProtocolError, StorageErro
 from fleetfed.shared.files import write_atomic
 from fleetfed.shared.machine import TimerFired
 from fleetfed.shared.mqtt.config import Will
+from fleetfed.shared.mqtt.errors import PublishRefusedError
 from fleetfed.shared.mqtt.session import Session
 from fleetfed.shared.telemetry import Counters
 from fleetfed.shared.trust.certificates import Role
@@ -183,12 +184,10 @@ class Gateway:
         stored = self._journal.load()
         if stored.record is None:
             return
-        if served is None:
-            raise StorageError(f"{self.config.state}: round {stored.last_round} is on and its model is not here")
         try:
-            ring = make_ring(stored.record.plan, served.sizes)
+            ring = make_ring(stored.record.plan, stored.sizes)
         except RemoteProtocolError as error:
-            raise StorageError(f"{self.config.state}: the round's plan does not fit the model: {error}") from error
+            raise StorageError(f"{self.config.state}: the stored plan does not fit its model: {error}") from error
         rnd = self.machine.restore(stored.record, ring, unix_ms())
         self.performer.restore(rnd, plan)
         _log.info("round %d goes on (%s) with %d updates", rnd.record.plan.round, rnd.state, len(rnd.record.accepted))
@@ -297,6 +296,13 @@ class Gateway:
     def _presence(self, life: Life, *, since: int) -> bytes:
         return codec.encode(Presence(life=life, session=self._life, since=since, software=software()))
 
+    async def _say(self, session: Session, topic: str, payload: bytes) -> None:
+        try:
+            await session.publish(topic, payload, retain=True)
+        except PublishRefusedError as error:
+            # Whoever wrote the broker's access list must see it; a restart would not help.
+            _log.error("%s; is this gateway in the broker's access list?", error)
+
     async def _on_below(self, session_present: bool) -> None:
         first = not self._site_up.is_set()
         if first or not session_present:
@@ -304,11 +310,11 @@ class Gateway:
             self.relay.republish()
             for what, raw in ((Broadcast.REVOKED, self._revoked_raw), (Broadcast.PLAN, self.performer.plan)):
                 if raw:
-                    await self._below.publish(self.site.broadcast(what), raw, retain=True)
+                    await self._say(self._below, self.site.broadcast(what), raw)
         else:
             self.relay.resume()
         birth = self._presence(Life.READY, since=unix_ms())
-        await self._below.publish(self.site.broadcast(Broadcast.NODE), birth, retain=True)
+        await self._say(self._below, self.site.broadcast(Broadcast.NODE), birth)
         if first:
             self._fed(ev.SiteConnected(unix_ms() + round(1000 * self.config.limits.settle)))
             self._site_up.set()
@@ -317,7 +323,7 @@ class Gateway:
         # Ready means: can serve. Nobody need wait for a gateway that does not reach its own site.
         await self._site_up.wait()
         birth = self._presence(Life.READY, since=unix_ms())
-        await self._above.publish(self.upstream.up(Kind.GATEWAY, self.id, Verb.STATE), birth, retain=True)
+        await self._say(self._above, self.upstream.up(Kind.GATEWAY, self.id, Verb.STATE), birth)
         self.relay.reconnected()
         self._fed(ev.UpstreamConnected())
 

@@ -213,7 +213,7 @@ class GatewayMachine(Machine[GatewayState]):
         self._published = pending.raw
         self._census_due = self._census_time(now)
         return [
-            ev.StoreRound(round=plan.round, hash=pending.hash, raw=pending.raw),
+            ev.StoreRound(round=plan.round, hash=pending.hash, raw=pending.raw, sizes=served.sizes),
             ev.PublishPlan(pending.raw),
             *self._to_round(TimerFired(), now),
         ]

@@ -551,7 +551,7 @@ def test_a_plan_waits_for_its_model() -> None:
     assert machine.state is GatewayState.WAITING
     instructions = machine.handle(served(), T0)
     assert instructions == [
-        ev.StoreRound(round=1, hash=event.hash, raw=event.raw),
+        ev.StoreRound(round=1, hash=event.hash, raw=event.raw, sizes=FLEET.sizes),
         ev.PublishPlan(event.raw),
     ]
     machine.validate()

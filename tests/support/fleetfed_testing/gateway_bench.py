@@ -124,7 +124,7 @@ class Bench:
         manifest = fleet.model(1)[0]
         self.performer.feed(ev.ModelServed(version=1, sha256=manifest.sha256, sizes=fleet.sizes))
         if stored.record is not None:
-            rnd = self.machine.restore(stored.record, make_ring(stored.record.plan, fleet.sizes), fleet.now)
+            rnd = self.machine.restore(stored.record, make_ring(stored.record.plan, stored.sizes), fleet.now)
             self.performer.restore(rnd, stored.plan)
         self._tasks = [asyncio.create_task(self.pipeline.run()), asyncio.create_task(self.worker.run())]
         self.performer.perform(self.machine.resume(fleet.now))
