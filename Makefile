@@ -20,8 +20,8 @@ $(VENV)/.dev: $(VENV)/.demo
 	@touch $@
 
 .PHONY: demo
-demo: $(VENV)/.demo ## Run a whole fleet on this machine: broker, coordinator, 2 gateways, 10 devices
-	$(BIN)/fleetfed demo
+demo: $(VENV)/.demo ## Run a whole fleet on this machine; ARGS="--devices 20 --tiers 2" scales it
+	$(BIN)/fleetfed demo $(ARGS)
 
 .PHONY: dev
 dev: $(VENV)/.dev ## Set up .venv for work on the code

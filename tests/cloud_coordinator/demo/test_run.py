@@ -186,6 +186,17 @@ def test_a_kept_fleet_answers_the_command_line(tmp_path: Path) -> None:
     assert call("model", "rollback", "2")[1]["version"] == 4
     code, refused = call("model", "show", "99")
     assert (code, refused["error"]) == (5, "no_such_version")
+    example = Path(__file__).parents[3] / "examples" / "control.py"
+    port = str(OperatorConfig.load(config).broker.port)
+    identity = fleet.directory / "keys" / "identities" / "operator"
+    asked = subprocess.run(
+        (sys.executable, str(example), str(identity), "127.0.0.1", port),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert json.loads(asked.stdout)["version"] == 4
     revoke = ("keys", "revoke", "d-01", "--dir", str(fleet.directory / "keys"))
     assert call(*revoke)[1]["delivered"]
     assert call("round", "start", "--rounds", "1", "--deadline", "2", "--expires", "4")[0] == 0
