@@ -24,7 +24,7 @@ from fleetfed.broker.persistence import SqliteStore
 from fleetfed.broker.store import NO_STORE
 from fleetfed.broker.tls import revoked_serials, server_context
 from fleetfed.broker.transports import CLOSE_SECONDS, PlainClient, TlsClient
-from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.errors import ConfigError, StorageError
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,6 +45,9 @@ class EmbeddedBroker:
     Attributes:
         port: TCP port of the first listener, once started.
         plain_port: port of the second, plain listener, if the configuration asks for one.
+        failed: set when durable state could not be written. The broker has cut all connections then, without
+            acknowledging what is lost, and only `stop` is left to do.
+        failure: why.
     """
 
     def __init__(self, config: BrokerConfig) -> None:
@@ -58,6 +61,8 @@ class EmbeddedBroker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._flush_due = False
         self._idle = asyncio.Event()
+        self.failure: StorageError | None = None
+        self.failed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
         self.clock: Callable[[], float] = lambda: 0.0
@@ -90,9 +95,10 @@ class EmbeddedBroker:
             sys_interval=config.sys_interval,
         )
         try:
-            self._bind(config.host, config.port, tls=config.tls is not None)
+            # Like Mosquitto's, a restarted broker is found where it was.
+            self._bind(config.host, self.port or config.port, tls=config.tls is not None)
             if config.plain_port is not None:
-                self._bind("127.0.0.1", config.plain_port, tls=False)
+                self._bind("127.0.0.1", self.plain_port or config.plain_port, tls=False)
             await self._serve()
         except BaseException:
             await self.stop()
@@ -135,7 +141,7 @@ class EmbeddedBroker:
                 client.abort()
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+            self._timer = self._timer_at = None
         core = self._core
         if core is not None:
             core.shut_down(self.clock())
@@ -146,9 +152,9 @@ class EmbeddedBroker:
                     await asyncio.wait_for(self._idle.wait(), CLOSE_SECONDS)
             for client in list(self._clients.values()):
                 client.connection_lost(None)
-            core.commit()
         if self._store is not None:
-            self._store.close()
+            with contextlib.suppress(StorageError) if self.failure is not None else contextlib.nullcontext():
+                self._store.close()
             self._store = None
 
     async def reload(self) -> None:
@@ -229,12 +235,27 @@ class EmbeddedBroker:
         core = self._core
         if core is None:
             return
-        core.commit()
+        if self.failure is not None:
+            return
+        try:
+            core.commit()
+        except StorageError as error:
+            self._fail(error)
+            return
         for connection in core.take_dirty():
             client = self._clients.get(connection)
             if client is not None:
                 client.flush()
         self._arm_timer()
+
+    def _fail(self, error: StorageError) -> None:
+        _LOG.critical("durable state cannot be written, all connections are cut: %s", error)
+        self.failure = error
+        for server in self._servers:
+            server.close()
+        for client in list(self._transports):
+            client.abort()
+        self.failed.set()
 
     def _arm_timer(self) -> None:
         assert self._core is not None

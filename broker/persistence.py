@@ -52,6 +52,8 @@ class SqliteStore:
         Raises:
             StorageError: it cannot be opened, is damaged, or was written by another version.
         """
+        self._path = path
+        self._failure: sqlite3.Error | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._db = sqlite3.connect(path, isolation_level=None, timeout=5)
@@ -71,10 +73,16 @@ class SqliteStore:
         self._open = False
 
     def _write(self, statement: str, values: tuple[object, ...]) -> None:
-        if not self._open:
-            self._open = True
-            self._db.execute("BEGIN IMMEDIATE")
-        self._db.execute(statement, values)
+        if self._failure is not None:
+            return
+        try:
+            if not self._open:
+                self._open = True
+                self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute(statement, values)
+        except sqlite3.Error as error:
+            # In the middle of routing nobody can act on it; before the acknowledgements are sent, `commit` tells.
+            self._failure = error
 
     def load_sessions(self, now: float) -> Iterable[Session]:
         """The sessions that have not expired, with their subscriptions and queues."""
@@ -197,15 +205,30 @@ class SqliteStore:
         self._write("DELETE FROM retained WHERE topic = ?", (topic,))
 
     def commit(self) -> None:
-        """Make everything durable."""
-        if self._open:
+        """Make everything durable.
+
+        Raises:
+            StorageError: something since the last commit could not be written, such as when the disk is full.
+        """
+        if self._open and self._failure is None:
             self._open = False
-            self._db.execute("COMMIT")
+            try:
+                self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                self._failure = error
+        if self._failure is not None:
+            raise StorageError(f"{self._path}: {self._failure}") from self._failure
 
     def close(self) -> None:
-        """Commit and close."""
-        self.commit()
-        self._db.close()
+        """Commit and close.
+
+        Raises:
+            StorageError: as for `commit`.
+        """
+        try:
+            self.commit()
+        finally:
+            self._db.close()
 
     def _take_row(self) -> int:
         self._next_row += 1

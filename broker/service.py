@@ -33,7 +33,7 @@ def run_broker(config: BrokerConfig) -> int:
 
     Raises:
         ConfigError: a file is wrong, or the address cannot be listened on.
-        StorageError: the durable state cannot be used.
+        StorageError: the durable state cannot be used, or could not be written any more.
     """
     return asyncio.run(_serve(config))
 
@@ -52,11 +52,16 @@ async def _serve(config: BrokerConfig) -> int:
     if broker.plain_port is not None:
         print(f"plain listener on 127.0.0.1:{broker.plain_port}", flush=True)
     reloader = asyncio.create_task(_reload(broker, hangup), name="broker-reload")
+    failure = asyncio.create_task(broker.failed.wait(), name="broker-failure")
+    stop = asyncio.create_task(stopped.wait(), name="broker-stop")
     try:
-        await stopped.wait()
+        await asyncio.wait((failure, stop), return_when=asyncio.FIRST_COMPLETED)
     finally:
-        reloader.cancel()
+        for task in (reloader, failure, stop):
+            task.cancel()
         await broker.stop()
+    if broker.failure is not None:
+        raise broker.failure
     return 0
 
 

@@ -11,7 +11,8 @@ from fleetfed.broker.sessions import Delivery, Grant, Message, Session
 class Store(Protocol):
     """Durable retained messages, sessions, subscriptions and queues.
 
-    Nothing need be durable before `commit` returns; the caller sends no acknowledgement before that.
+    Nothing need be durable before `commit` returns; the caller sends no acknowledgement before that. Only `commit`
+    raises, and then the caller must stop: what it has in memory is not what a restart would find.
     """
 
     def load_sessions(self, now: float) -> Iterable[Session]:

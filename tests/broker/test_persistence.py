@@ -251,3 +251,30 @@ async def test_stop_and_start_in_one_process_keep_the_state(tmp_path: Path) -> N
         assert client.connack.session_present is expected
         await broker.stop()
         client.abort()
+
+
+async def test_what_cannot_be_written_is_not_acknowledged_and_ends_the_broker(tmp_path: Path) -> None:
+    broker = EmbeddedBroker(BrokerConfig(persistence_dir=tmp_path))
+    await broker.start()
+    client = await RawClient.connect(broker.port, "a", clean=False)
+    await client.subscribe("t")
+    assert broker._store is not None
+    broker._store._db.execute("PRAGMA query_only=1")  # as a full disk would
+    await client.send(Publish(topic="t", payload=b"x", qos=1, packet_id=7))
+    await asyncio.wait_for(broker.failed.wait(), 5)
+    await client.closed()
+    assert not [item for item in client.inbox if isinstance(item, PubAck)]
+    assert isinstance(broker.failure, StorageError)
+    await broker.stop()
+
+
+async def test_a_restarted_broker_is_found_where_it_was(tmp_path: Path) -> None:
+    broker = EmbeddedBroker(BrokerConfig(persistence_dir=tmp_path))
+    await broker.start()
+    port = broker.port
+    await broker.stop()
+    await broker.start()
+    assert broker.port == port
+    client = await RawClient.connect(port, "a")
+    await client.disconnect()
+    await broker.stop()
