@@ -17,11 +17,10 @@ from functools import partial
 from typing import Final
 
 from fleetfed.cloud_coordinator.blobstore import BlobStore
+from fleetfed.cloud_coordinator.restore import own_message
 from fleetfed.cloud_coordinator.store import Store
-from fleetfed.shared.errors import RemoteProtocolError, StorageError
-from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.blobs import part_count, part_size
-from fleetfed.shared.wire.envelope import Digest, open_body, parse_head
+from fleetfed.shared.wire.envelope import Digest
 from fleetfed.shared.wire.messages import BlobRef, Manifest, Need
 from fleetfed.shared.wire.topics import Broadcast, SiteTopics
 
@@ -180,10 +179,4 @@ def refs_of(manifest: Manifest) -> list[BlobRef]:
 
 
 def _manifest(message: bytes) -> Manifest:
-    """Read a manifest that this coordinator signed."""
-    try:
-        head = parse_head(message)
-        raw = open_body(head.header, memoryview(message)[head.size :])
-        return codec.decode(Manifest, raw, limit=len(raw))
-    except RemoteProtocolError as error:
-        raise StorageError(f"the stored manifest is damaged: {error}") from error
+    return own_message(message, Manifest)[0]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
+from fleetfed.cloud_coordinator.events import Member
+from fleetfed.cloud_coordinator.fleet import Progress
 from fleetfed.cloud_coordinator.records import ExchangeRecord, RoundRecord, VersionRecord
+from fleetfed.cloud_coordinator.state import CoordinatorMachine
 from fleetfed.shared.aggregate.meta import MetaSum
+from fleetfed.shared.wire.messages import Outcome, Status
 
 HISTORY: Final = 50
 """Rounds that the status carries: each subscriber gets all of them with every change."""
-
-__all__ = ["HISTORY", "MetaSum", "history_row", "meta_metrics", "round_report", "tally", "version_row"]
 
 
 def tally(reasons: Iterable[str]) -> dict[str, int]:
@@ -46,6 +49,48 @@ def round_report(
     if meta is not None:
         found |= {"examples": meta.examples, "clipped": max(meta.clipped)}
     return found
+
+
+def committed_round(
+    before: RoundRecord,
+    made: VersionRecord,
+    meta: MetaSum,
+    *,
+    exchanges: Sequence[ExchangeRecord],
+    members: Sequence[Member],
+) -> RoundRecord:
+    """The record of a round that made a version, from its record while it was open."""
+    return replace(
+        before,
+        outcome=Outcome.COMMITTED.value,
+        closed=made.created,
+        version=made.version,
+        participants=meta.count,
+        weight=meta.weight,
+        update_bytes=sum(member.size for member in members),
+        patch_bytes=0 if made.patch_ref is None else made.patch_ref.size,
+        accuracy=made.metrics.get("accuracy", made.metrics.get("holdout_accuracy")),
+        report=round_report(exchanges, meta, made.metrics),
+    )
+
+
+def status_of(
+    machine: CoordinatorMachine,
+    newest: VersionRecord | None,
+    *,
+    progress: Progress,
+    history: Iterable[dict[str, Any]],
+) -> Status:
+    """The status, as it is published."""
+    return Status(
+        state=machine.state.value,
+        round=machine.last_round,
+        version=0 if newest is None else newest.version,
+        accepted=progress.accepted,
+        expected=progress.expected,
+        deadline=machine.round.expires if machine.round is not None else 0,
+        history=tuple(history),
+    )
 
 
 def history_row(record: RoundRecord) -> dict[str, Any]:

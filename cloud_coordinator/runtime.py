@@ -201,7 +201,7 @@ class Runtime:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._coordinator.stop()
-            write_atomic(self._coordinator.state_file(), self._status())
+            write_atomic(self._config.state / "status.json", self._status())
             self._store.close()
             os.close(self._lock)
 
@@ -235,7 +235,7 @@ class Runtime:
             rounds = self._coordinator.finished_rounds
             if rounds != self._written_rounds:
                 self._written_rounds = rounds
-                await asyncio.to_thread(write_atomic, self._coordinator.state_file(), self._status())
+                await asyncio.to_thread(write_atomic, self._config.state / "status.json", self._status())
 
     def _presence(self, life: Life) -> bytes:
         since = 0 if life is Life.LOST else unix_ms()

@@ -16,26 +16,27 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
 from fleetfed.cloud_coordinator import events as ev
 from fleetfed.cloud_coordinator import report
 from fleetfed.cloud_coordinator.blobstore import BlobStore
-from fleetfed.cloud_coordinator.config import CoordinatorConfig, RoundSettings
+from fleetfed.cloud_coordinator.config import CoordinatorConfig
 from fleetfed.cloud_coordinator.evaluate import Evaluator
 from fleetfed.cloud_coordinator.fleet import Fleet
 from fleetfed.cloud_coordinator.plans import make_plan
 from fleetfed.cloud_coordinator.proposals import PlanInForce
 from fleetfed.cloud_coordinator.publish import PLAN, REVOCATIONS, Outgoing, Publisher
 from fleetfed.cloud_coordinator.records import ExchangeRecord, RoundRecord, VersionRecord
-from fleetfed.cloud_coordinator.round import Exchange, Round
-from fleetfed.cloud_coordinator.state import CoordinatorMachine, Run, State, Wish
-from fleetfed.cloud_coordinator.step import ServerState, StepConfig, StepError, ring_of, take_step
+from fleetfed.cloud_coordinator.restore import RUN, last_round, own_message, restore_machine, restore_round
+from fleetfed.cloud_coordinator.round import Round
+from fleetfed.cloud_coordinator.state import CoordinatorMachine, State
+from fleetfed.cloud_coordinator.step import StepConfig, StepError, ring_of
 from fleetfed.cloud_coordinator.store import Store
-from fleetfed.cloud_coordinator.versions import from_file, from_step, manifest_of, read_model, since_full
-from fleetfed.shared.aggregate.accumulator import Accumulator, Partial, decode_words
-from fleetfed.shared.errors import ConfigError, RejectReason, RemoteProtocolError, StorageError
+from fleetfed.cloud_coordinator.versions import from_file, manifest_of, read_model, since_full, version_of_round
+from fleetfed.shared.aggregate.accumulator import Accumulator, Partial
+from fleetfed.shared.aggregate.meta import MetaSum
+from fleetfed.shared.errors import RejectReason, RemoteProtocolError, StorageError
 from fleetfed.shared.machine import TimerFired
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.telemetry import Counters
@@ -43,13 +44,12 @@ from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.signer import Message, Signer
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.chunks import split
-from fleetfed.shared.wire.envelope import Digest, MessageKind, open_body, parse_head
+from fleetfed.shared.wire.envelope import Digest, MessageKind, parse_head
 from fleetfed.shared.wire.messages import Commit, Outcome, Plan, Receipt, Revocations, RoundEnd, Status
 from fleetfed.shared.wire.topics import CLOUD_SITE, Broadcast, Kind, SiteTopics, Verb
 
 _log = logging.getLogger(__name__)
 
-_RUN: Final = "run"
 _STATUS_EVERY: Final = 500
 """Milliseconds between two statuses that only tell of progress."""
 _COLLECT_EVERY: Final = 10
@@ -117,7 +117,6 @@ class Coordinator:
         self._card: tuple[bytes, ModelCard] | None = None
         self._recent = store.versions(limit=_NEWEST)
         self.publisher = Publisher(self.topics, store=store, blobs=blobs, send=self.send)
-        self._restore_revocations()
         self._publish_first_model()
         self.machine = self._restore()
         self.history: deque[dict[str, object]] = deque(
@@ -132,7 +131,7 @@ class Coordinator:
         """Go on where the database says; call once, on the event loop."""
         self.failed = asyncio.get_running_loop().create_future()
         self.handle(ev.Started())
-        if self.config.autostart and self.store.document(_RUN) is None:
+        if self.config.autostart and self.store.document(RUN) is None:
             self.handle(ev.StartRequested(self.config.rounds))
 
     async def stop(self) -> None:
@@ -226,8 +225,7 @@ class Coordinator:
         self.rejected.add(reason)
         _log.warning("%s: refused: %s %s", message.gateway, reason, detail)
         receipt = Receipt(message_id=message.message_id, head=message.head, reason=reason, detail=detail[:2000])
-        signed = self.sign(MessageKind.RECEIPT, receipt, now=self.clock())
-        self._down(message.gateway, Verb.RECEIPT, signed.encode())
+        self._down(message.gateway, Verb.RECEIPT, self.sign(MessageKind.RECEIPT, receipt, now=self.clock()).encode())
 
     def proposed(self, event: ev.ProposalVerified, message: bytes) -> None:
         """A verified proposal came in, as these bytes."""
@@ -291,7 +289,7 @@ class Coordinator:
             case ev.StoreAwaited(number, awaited):
                 self.store.update_round(replace(self._round(number), awaited=awaited))
             case ev.StoreRun():
-                self.store.put_document(_RUN, codec.encode(self.machine.run))
+                self.store.put_document(RUN, codec.encode(self.machine.run))
             case ev.PublishStatus():
                 self._status_due = now
         return []
@@ -428,30 +426,19 @@ class Coordinator:
         since = since_full(self._recent)
         settings = StepConfig(optimizer=self.config.optimizer, clips=self.config.clips, patch=self.config.patch)
 
-        def compute() -> tuple[VersionRecord, report.MetaSum]:
-            assert base.file is not None
-            step = take_step(
+        try:
+            made, meta = await asyncio.to_thread(
+                version_of_round,
                 total,
                 plan=plan,
-                base=self.blobs.get(base.file),
-                card=card,
-                state=ServerState() if base.state is None else ServerState.decode(self.blobs.get(base.state)),
-                clips=base.clips,
-                config=settings,
-            )
-            metrics = self._evaluate(step.patched.file, card) | report.meta_metrics(step.meta)
-            record = from_step(
-                step,
                 base=base,
-                blobs=self.blobs,
+                card=card,
                 since=since,
+                config=settings,
                 full_every=self.config.storage.full_every,
-                metrics=metrics,
+                blobs=self.blobs,
+                evaluator=self.evaluator,
             )
-            return record, step.meta
-
-        try:
-            made, meta = await asyncio.to_thread(compute)
         except StepError as error:
             self.handle(ev.StepFailed(str(error)))
             return
@@ -462,43 +449,19 @@ class Coordinator:
             self.store.forget_files(below=made.version + 1 - self.config.storage.keep_versions)
             self.blobs.collect(self.store.references())
 
-    def _evaluate(self, file: bytes, card: ModelCard) -> dict[str, float]:
-        if self.evaluator is None:
-            return {}
-        try:
-            return self.evaluator.evaluate(file, card)
-        except ConfigError as error:
-            # The fleet's work is not to be lost because of the validation set.
-            _log.error("this version was not evaluated: %s", error)
-            return {}
-
-    def _store_step(self, number: int, made: VersionRecord, meta: report.MetaSum) -> float | None:
+    def _store_step(self, number: int, made: VersionRecord, meta: MetaSum) -> float | None:
         now = self.clock()
         exchanges = self.store.exchanges(number)
         members = [member for exchange in exchanges if exchange.reveal_head is not None for member in exchange.members]
         before = self._round(number)
-        accuracy = made.metrics.get("accuracy", made.metrics.get("holdout_accuracy"))
         record = replace(made, round=number, plan_hash=before.plan_hash, created=now)
         self.add_version(record)
         self.store.count_contributions(members, number)
-        self._end_round(
-            replace(
-                before,
-                outcome=Outcome.COMMITTED.value,
-                closed=now,
-                version=record.version,
-                participants=meta.count,
-                weight=meta.weight,
-                update_bytes=sum(member.size for member in members),
-                patch_bytes=0 if record.patch_ref is None else record.patch_ref.size,
-                accuracy=accuracy,
-                report=report.round_report(exchanges, meta, record.metrics),
-            ),
-            RoundEnd(round=number, plan=before.plan_hash, outcome=Outcome.COMMITTED, version=record.version),
-        )
-        shown = "not measured" if accuracy is None else f"{accuracy:.4f}"
-        _log.info("round %d: version %d of %d devices, accuracy %s", number, record.version, meta.count, shown)
-        return accuracy
+        closed = report.committed_round(before, record, meta, exchanges=exchanges, members=members)
+        end = RoundEnd(round=number, plan=before.plan_hash, outcome=Outcome.COMMITTED, version=record.version)
+        self._end_round(closed, end)
+        _log.info("round %d: version %d of %d devices: %s", number, record.version, meta.count, record.metrics)
+        return closed.accuracy
 
     # --- Versions -----------------------------------------------------------------------------------------------------
 
@@ -525,21 +488,13 @@ class Coordinator:
         return self._card[1]
 
     def _publish_first_model(self) -> None:
-        model = self.config.model
-        if model is None or self.store.newest_version() is not None:
-            return
-        source = read_model(model.file, model.card_file)
-        metrics = {} if self.evaluator is None else self.evaluator.evaluate(source.file, source.card)
-        record = from_file(
-            source,
-            blobs=self.blobs,
-            version=1,
-            parent=0,
-            clips=self.config.clips,
-            metrics=metrics,
-            now=self.clock(),
-        )
-        self.add_version(record)
+        if self.config.model is not None and self.store.newest_version() is None:
+            source = read_model(self.config.model.file, self.config.model.card_file)
+            metrics = {} if self.evaluator is None else self.evaluator.evaluate(source.file, source.card)
+            clips, now = self.config.clips, self.clock()
+            self.add_version(
+                from_file(source, blobs=self.blobs, version=1, parent=0, clips=clips, metrics=metrics, now=now)
+            )
 
     def newest(self) -> VersionRecord | None:
         """The current version."""
@@ -551,69 +506,23 @@ class Coordinator:
 
     # --- Restoring ----------------------------------------------------------------------------------------------------
 
-    def _restore_revocations(self) -> None:
-        message = self.store.document(REVOCATIONS)
-        if message is not None:
-            head = parse_head(message)
-            raw = open_body(head.header, memoryview(message)[head.size :])
-            self.verifier.revoke(codec.decode(Revocations, raw, limit=len(raw)))
-
     def _restore(self) -> CoordinatorMachine:
-        stored = self.store.document(_RUN)
-        run = Run(wish=Wish.NOTHING, settings=self.config.rounds)
+        stored = self.store.document(REVOCATIONS)
         if stored is not None:
-            try:
-                run = codec.decode(Run, stored, limit=len(stored))
-            except RemoteProtocolError as error:
-                raise StorageError(f"the stored run is damaged: {error}") from error
-        last = next(iter(self.store.rounds(limit=1)), None)
-        return CoordinatorMachine(
-            run=run,
-            has_model=self.store.newest_version() is not None,
-            last_round=0 if last is None else last.number,
-            made=self.store.made_since(run.first_round),
-            accuracy=self._last_accuracy(run.first_round),
-            round_=None if last is None or last.outcome else self._restore_round(last),
-        )
-
-    def _last_accuracy(self, first_round: int) -> float | None:
-        for record in self.store.rounds(limit=report.HISTORY):
-            if record.number >= first_round and record.version:
-                newest = self.store.newest_version()
-                return record.accuracy if newest is not None and newest.version == record.version else None
-        return None
+            self.verifier.revoke(own_message(stored, Revocations)[0])
+        last = last_round(self.store)
+        round_ = None if last is None or last.outcome else self._restore_round(last)
+        return restore_machine(self.store, settings=self.config.rounds, round_=round_)
 
     def _restore_round(self, record: RoundRecord) -> Round:
         base = self.store.version(record.base)
         if base is None:
             raise StorageError(f"round {record.number} starts from version {record.base}, which is not in the database")
-        head = parse_head(record.plan)
-        raw = open_body(head.header, memoryview(record.plan)[head.size :])
-        plan = codec.decode(Plan, raw, limit=len(raw))
+        plan, head = own_message(record.plan, Plan)
         self._enter(plan, head.hash, self.card(base))
         assert self.current is not None
         assert self._sum is not None
-        round_ = Round(
-            number=record.number,
-            plan=head.hash,
-            expires=record.expires,
-            minimum=plan.quorum.minimum,
-            cohort_cap=plan.quorum.cohort_cap,
-            awaited=record.awaited,
-        )
-        for each in self.store.exchanges(record.number):
-            round_.exchanges[each.gateway] = Exchange(
-                proposal=Digest(each.proposal_head),
-                members=len(each.members),
-                commit=Digest(each.commit_head),
-                reveal=None if each.reveal_head is None else Digest(each.reveal_head),
-            )
-            round_.holder |= {member.device: each.gateway for member in each.members}
-            if each.reveal_head is not None:
-                words = self.store.words(record.number, each.gateway)
-                self._sum.merge(decode_words(words, self.current.ring, count=len(each.members)))
-        _log.info("round %d: resumed with %d committed devices", record.number, round_.committed)
-        return round_
+        return restore_round(self.store, record, current=self.current, total=self._sum)
 
     def _round(self, number: int) -> RoundRecord:
         record = self.store.round(number)
@@ -637,23 +546,5 @@ class Coordinator:
 
     def status(self) -> Status:
         """What the coordinator is doing."""
-        machine = self.machine
-        newest = self.newest()
-        progress = self.fleet.progress(machine.last_round)
-        return Status(
-            state=machine.state.value,
-            round=machine.last_round,
-            version=0 if newest is None else newest.version,
-            accepted=progress.accepted,
-            expected=progress.expected,
-            deadline=machine.round.expires if machine.round is not None else 0,
-            history=tuple(self.history),
-        )
-
-    def settings(self) -> RoundSettings:
-        """The settings of the rounds that run, or would."""
-        return self.machine.run.settings
-
-    def state_file(self) -> Path:
-        """Where `status.json` is written."""
-        return self.config.state / "status.json"
+        progress = self.fleet.progress(self.machine.last_round)
+        return report.status_of(self.machine, self.newest(), progress=progress, history=self.history)

@@ -6,6 +6,7 @@ Everything here is called in a worker thread or is quick; objects are in the blo
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +14,20 @@ from typing import Final
 
 from fleetfed.cloud_coordinator.blobstore import BlobStore
 from fleetfed.cloud_coordinator.clips import ClipConfig, first_clips
+from fleetfed.cloud_coordinator.evaluate import Evaluator
 from fleetfed.cloud_coordinator.records import Origin, VersionRecord
-from fleetfed.cloud_coordinator.step import Step
+from fleetfed.cloud_coordinator.report import meta_metrics
+from fleetfed.cloud_coordinator.step import ServerState, Step, StepConfig, take_step
+from fleetfed.shared.aggregate.accumulator import Partial
+from fleetfed.shared.aggregate.meta import MetaSum
 from fleetfed.shared.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.model.table import read_weights
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.blobs import Publishable, publishable
-from fleetfed.shared.wire.messages import Manifest, PatchRef
+from fleetfed.shared.wire.messages import Manifest, PatchRef, Plan
+
+_log = logging.getLogger(__name__)
 
 _FILE_LEVEL: Final = 3
 """Weights hardly compress; a higher level only costs time."""
@@ -185,6 +192,48 @@ def from_step(
         state=state,
         clips=step.clips,
     )
+
+
+def version_of_round(
+    total: Partial,
+    *,
+    plan: Plan,
+    base: VersionRecord,
+    card: ModelCard,
+    since: SinceFull,
+    config: StepConfig,
+    full_every: int,
+    blobs: BlobStore,
+    evaluator: Evaluator | None,
+) -> tuple[VersionRecord, MetaSum]:
+    """Step, evaluate, store the objects: all of a round's computation, in whatever thread.
+
+    Returns:
+        The record, less what the round has to say, and what the devices reported.
+
+    Raises:
+        StepError: no version can be made of the sum.
+        StorageError: an object is missing or damaged, or cannot be written.
+    """
+    assert base.file is not None
+    step = take_step(
+        total,
+        plan=plan,
+        base=blobs.get(base.file),
+        card=card,
+        state=ServerState() if base.state is None else ServerState.decode(blobs.get(base.state)),
+        clips=base.clips,
+        config=config,
+    )
+    metrics: dict[str, float] = {}
+    if evaluator is not None:
+        try:
+            metrics = evaluator.evaluate(step.patched.file, card)
+        except ConfigError as error:
+            # The fleet's work is not to be lost because of the validation set.
+            _log.error("this version was not evaluated: %s", error)
+    metrics |= meta_metrics(step.meta)
+    return from_step(step, base=base, blobs=blobs, since=since, full_every=full_every, metrics=metrics), step.meta
 
 
 def since_full(newest_first: Sequence[VersionRecord]) -> SinceFull:

@@ -76,7 +76,7 @@ async def test_a_start_changes_settings_for_its_own_rounds(world: World, north: 
     assert (plan.eligibility.fraction, plan.training.epochs) == (0.5, 4)
     assert (plan.deadline - plan.opened, plan.expires - plan.opened) == (5_000, 6_000)
     await world.restart()
-    assert world.coordinator.settings().training.epochs == 4
+    assert world.coordinator.machine.run.settings.training.epochs == 4
     assert north.name == "north"
 
 
