@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from fleetfed_testing.cloud import ScriptedGateway, World
 
 from fleetfed.cloud_coordinator.state import State
-from fleetfed_testing.cloud import ScriptedGateway, World
 
 
 @pytest.fixture
