@@ -43,47 +43,13 @@ from fleetfed.shared.aggregate.lanes import choose_lane_bits
 from fleetfed.shared.dataset import DataConfig
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.model.patch import DEFAULT_CLIP
-from fleetfed.shared.mqtt.config import ConnectionConfig, Protocol, is_loopback
-from fleetfed.shared.mqtt.tls import TlsFiles
-from fleetfed.shared.trust.identity import TLS_DIRECTORY
+from fleetfed.shared.mqtt.config import ConnectionConfig
+from fleetfed.shared.mqtt.endpoint import Endpoint
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.codec import Length, Range
 from fleetfed.shared.wire.messages import Fraction, Training, Weighting
 
 Seconds = Annotated[float, Range(0.0, 30 * 86400.0)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BrokerConfig:
-    """Where the broker is.
-
-    Attributes:
-        host: name or address; with TLS, the broker's certificate must name it.
-        port: TCP port.
-        tls: off only for a broker on this machine.
-        ca, cert, key: PEM files; by default those in the identity's ``tls`` folder.
-        crl: revocation lists for the broker's certificate; none: not checked.
-        keepalive: seconds of silence until a probe.
-        session_expiry: seconds for which the broker keeps what is said while we are away.
-        reconnect_cap: most seconds between attempts to connect.
-        protocol: ``auto``, ``5`` or ``3.1.1``.
-    """
-
-    host: Annotated[str, Length(1, 253)]
-    port: Annotated[int, Range(1, 65535)] = 8883
-    tls: bool = True
-    ca: Path | None = None
-    cert: Path | None = None
-    key: Path | None = None
-    crl: Path | None = None
-    keepalive: Annotated[int, Range(1, 300)] = 15
-    session_expiry: Annotated[int, Range(0, 30 * 86400)] = 86400
-    reconnect_cap: Annotated[float, Range(0.0, 3600.0)] = 60.0
-    protocol: Protocol = Protocol.AUTO
-
-    def __post_init__(self) -> None:
-        if not self.tls and not is_loopback(self.host):
-            raise ConfigError(f"tls = false is allowed only for a broker on this machine, and {self.host} is not")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +180,7 @@ class CoordinatorConfig:
 
     identity: Path
     state: Path
-    broker: BrokerConfig
+    broker: Endpoint
     model: ModelConfig | None = None
     validation: DataConfig | None = None
     rounds: RoundSettings = field(default_factory=RoundSettings)
@@ -248,21 +214,4 @@ class CoordinatorConfig:
 
     def connection(self, client_id: str) -> ConnectionConfig:
         """How to reach the broker as ``client_id``."""
-        broker = self.broker
-        folder = self.identity / TLS_DIRECTORY
-        files = TlsFiles(
-            ca=broker.ca or folder / "ca.pem",
-            cert=broker.cert or folder / "cert.pem",
-            key=broker.key or folder / "key.pem",
-            crl=broker.crl,
-        )
-        return ConnectionConfig(
-            host=broker.host,
-            port=broker.port,
-            client_id=client_id,
-            tls=files if broker.tls else None,
-            keepalive=broker.keepalive,
-            session_expiry=broker.session_expiry,
-            reconnect_cap=broker.reconnect_cap,
-            protocol=broker.protocol,
-        )
+        return self.broker.connection(client_id=client_id, identity=self.identity)

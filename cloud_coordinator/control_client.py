@@ -23,18 +23,18 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Final, Self
+from typing import Any, Final, Self
 
 from fleetfed.cloud_coordinator.control_errors import NoAnswerError, RefusedError
 from fleetfed.shared import config
 from fleetfed.shared.clock import unix_ms
-from fleetfed.shared.config import Length, Range
 from fleetfed.shared.errors import ConfigError, RemoteProtocolError
 from fleetfed.shared.mqtt.config import ConnectionConfig
+from fleetfed.shared.mqtt.endpoint import Endpoint
 from fleetfed.shared.mqtt.session import Session
-from fleetfed.shared.mqtt.tls import TlsFiles, client_context
+from fleetfed.shared.mqtt.tls import client_context
 from fleetfed.shared.trust.certificates import Role
-from fleetfed.shared.trust.identity import TLS_DIRECTORY, Identity
+from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.sequence import SequenceFile
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.envelope import MessageId, MessageKind
@@ -58,23 +58,6 @@ _LIFETIME: Final = 120_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BrokerAddress:
-    """Where the cloud site's broker is.
-
-    Attributes:
-        host: name or address; the broker's certificate must name it.
-        port: TCP port.
-        keepalive: seconds.
-        tls: false only for a broker on this machine.
-    """
-
-    host: Annotated[str, Length(1, 253)]
-    port: Annotated[int, Range(1, 65535)] = 8883
-    keepalive: Annotated[int, Range(1, 300)] = 15
-    tls: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorConfig:
     """``operator.toml``.
 
@@ -84,7 +67,7 @@ class OperatorConfig:
     """
 
     identity: Path
-    broker: BrokerAddress
+    broker: Endpoint
 
     @classmethod
     def load(cls, path: Path) -> OperatorConfig:
@@ -97,17 +80,8 @@ class OperatorConfig:
 
     def connection(self, client_id: str) -> ConnectionConfig:
         """The connection to that broker."""
-        tls = self.identity / TLS_DIRECTORY
-        return ConnectionConfig(
-            host=self.broker.host,
-            port=self.broker.port,
-            client_id=client_id,
-            tls=TlsFiles(tls / "ca.pem", tls / "cert.pem", tls / "key.pem") if self.broker.tls else None,
-            keepalive=self.broker.keepalive,
-            # Answers belong to one run of one program: nothing is to be kept for the next.
-            session_expiry=0,
-            reconnect_cap=2.0,
-        )
+        # Answers belong to one run of one program: nothing is to be kept for the next.
+        return self.broker.connection(client_id=client_id, identity=self.identity, session_expiry=0, reconnect_cap=2.0)
 
 
 class ControlClient:

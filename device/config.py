@@ -6,15 +6,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fleetfed.shared import config
 from fleetfed.shared.config import Length, Range
 from fleetfed.shared.dataset import DataConfig
-from fleetfed.shared.errors import ConfigError
-from fleetfed.shared.mqtt.config import ConnectionConfig, Protocol, is_loopback
-from fleetfed.shared.mqtt.tls import TlsFiles
-from fleetfed.shared.trust.identity import TLS_DIRECTORY
+from fleetfed.shared.mqtt.config import ConnectionConfig
+from fleetfed.shared.mqtt.endpoint import Endpoint
 
 
 class StopAs(StrEnum):
@@ -36,58 +34,19 @@ class LogLevel(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BrokerConfig:
-    """The ``[broker]`` table.
-
-    Attributes:
-        host: name or address; with TLS, the broker's certificate must name it.
-        port: TCP port.
-        tls: off only for a broker on this machine.
-        ca, cert, key: PEM files; by default those in the identity's ``tls`` folder.
-        crl: revocation lists for the broker's certificate; none: not checked.
-        keepalive: seconds of silence until a probe; 60 costs 0.2 MB per day.
-        session_expiry: seconds for which the broker keeps what is said while we are away.
-        reconnect_cap: most seconds between attempts to connect.
-        protocol: ``auto``, ``5`` or ``3.1.1``.
+class DeviceEndpoint(Endpoint):
+    """The ``[broker]`` table, with what suits a device: 60 s of silence cost 0.2 MB per day, and a week's sleep is
+    no loss.
     """
 
-    host: Annotated[str, Length(1, 253)]
-    port: Annotated[int, Range(1, 65535)] = 8883
-    tls: bool = True
-    ca: Path | None = None
-    cert: Path | None = None
-    key: Path | None = None
-    crl: Path | None = None
     keepalive: Annotated[int, Range(1, 300)] = 60
     session_expiry: Annotated[int, Range(0, 30 * 86400)] = 7 * 86400
-    reconnect_cap: Annotated[float, Range(0.0, 3600.0)] = 60.0
-    protocol: Protocol = Protocol.AUTO
 
-    def __post_init__(self) -> None:
-        if not self.tls and not is_loopback(self.host):
-            raise ConfigError(f"tls = false is allowed only for a broker on this machine, and {self.host} is not")
-
-    def connection(self, *, client_id: str, identity: Path) -> ConnectionConfig:
-        """How to connect as ``client_id`` with the identity in this folder."""
-        folder = identity / TLS_DIRECTORY
-        files = TlsFiles(
-            ca=self.ca or folder / "ca.pem",
-            cert=self.cert or folder / "cert.pem",
-            key=self.key or folder / "key.pem",
-            crl=self.crl,
-        )
-        return ConnectionConfig(
-            host=self.host,
-            port=self.port,
-            client_id=client_id,
-            tls=files if self.tls else None,
-            keepalive=self.keepalive,
-            session_expiry=self.session_expiry,
-            reconnect_cap=self.reconnect_cap,
-            protocol=self.protocol,
-            # A window of chunks and a few small messages: what the broker may have on its way to us.
-            receive_maximum=16,
-            max_inflight=16,
+    def connection(self, *, client_id: str, identity: Path, **changes: Any) -> ConnectionConfig:
+        """How to connect: a window of chunks and a few small messages is all that may be on its way to us."""
+        # Not super(): a dataclass with slots is another class than the one that this method was compiled in.
+        return Endpoint.connection(
+            self, client_id=client_id, identity=identity, **{"receive_maximum": 16, "max_inflight": 16, **changes}
         )
 
 
@@ -126,7 +85,7 @@ class DeviceConfig:
 
     identity: Path
     state: Path
-    broker: BrokerConfig
+    broker: DeviceEndpoint
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
     labels: Annotated[dict[str, Annotated[str, Length(0, 100)]], Length(0, 32)] = field(default_factory=dict)

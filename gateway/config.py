@@ -28,65 +28,10 @@ from typing import Annotated
 from fleetfed.shared import config
 from fleetfed.shared.config import Length, Range
 from fleetfed.shared.errors import ConfigError
-from fleetfed.shared.mqtt.config import ConnectionConfig, Protocol, is_loopback
-from fleetfed.shared.mqtt.tls import TlsFiles
+from fleetfed.shared.mqtt.endpoint import Endpoint
 from fleetfed.shared.telemetry import LEVELS
-from fleetfed.shared.trust.identity import TLS_DIRECTORY
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.topics import CLOUD_SITE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BrokerConfig:
-    """Where a broker is.
-
-    Attributes:
-        host: name or address; with TLS, the broker's certificate must name it.
-        port: TCP port.
-        tls: off only for a broker on this machine.
-        ca, cert, key: PEM files; by default those in the identity's ``tls`` folder.
-        crl: revocation lists for the broker's certificate; none: not checked.
-        keepalive: seconds of silence until a probe.
-        session_expiry: seconds for which the broker keeps what is said while we are away.
-        reconnect_cap: most seconds between attempts to connect.
-        protocol: ``auto``, ``5`` or ``3.1.1``.
-    """
-
-    host: Annotated[str, Length(1, 253)]
-    port: Annotated[int, Range(1, 65535)] = 8883
-    tls: bool = True
-    ca: Path | None = None
-    cert: Path | None = None
-    key: Path | None = None
-    crl: Path | None = None
-    keepalive: Annotated[int, Range(1, 300)] = 15
-    session_expiry: Annotated[int, Range(0, 30 * 86400)] = 86400
-    reconnect_cap: Annotated[float, Range(0.0, 3600.0)] = 60.0
-    protocol: Protocol = Protocol.AUTO
-
-    def __post_init__(self) -> None:
-        if not self.tls and not is_loopback(self.host):
-            raise ConfigError(f"tls = false is allowed only for a broker on this machine, and {self.host} is not")
-
-    def connection(self, *, client_id: str, identity: Path) -> ConnectionConfig:
-        """How to connect as ``client_id`` with the identity in this folder."""
-        folder = identity / TLS_DIRECTORY
-        files = TlsFiles(
-            ca=self.ca or folder / "ca.pem",
-            cert=self.cert or folder / "cert.pem",
-            key=self.key or folder / "key.pem",
-            crl=self.crl,
-        )
-        return ConnectionConfig(
-            host=self.host,
-            port=self.port,
-            client_id=client_id,
-            tls=files if self.tls else None,
-            keepalive=self.keepalive,
-            session_expiry=self.session_expiry,
-            reconnect_cap=self.reconnect_cap,
-            protocol=self.protocol,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +44,7 @@ class UpstreamConfig:
     """
 
     site: Annotated[str, Length(1, limits.MAX_ID)] = CLOUD_SITE
-    broker: BrokerConfig | None = None
+    broker: Endpoint | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +78,7 @@ class GatewayConfig:
 
     identity: Path
     state: Path
-    broker: BrokerConfig
+    broker: Endpoint
     upstream: UpstreamConfig = field(default_factory=UpstreamConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     log_level: str = "info"

@@ -9,12 +9,13 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
-from fleetfed.cloud_coordinator.control_client import BrokerAddress, OperatorConfig
+from fleetfed.cloud_coordinator.control_client import OperatorConfig
 from fleetfed.cloud_coordinator.demo import layout
 from fleetfed.cloud_coordinator.demo.layout import BROKER, COORDINATOR, Folder
 from fleetfed.cloud_coordinator.demo.processes import Supervisor
 from fleetfed.cloud_coordinator.demo.topology import DevicePlace, GatewayPlace, Topology
 from fleetfed.cloud_coordinator.keyring import Keyring
+from fleetfed.shared.mqtt.endpoint import Endpoint
 
 _READY: Final = 30.0
 """Seconds for the broker to listen."""
@@ -117,7 +118,7 @@ class Fleet:
     def operator(self, name: str, port: int) -> OperatorConfig:
         """How an operator of this fleet connects."""
         return OperatorConfig(
-            identity=self.folder.keys / "identities" / name, broker=BrokerAddress(host=layout.HOST, port=port)
+            identity=self.folder.keys / "identities" / name, broker=Endpoint(host=layout.HOST, port=port)
         )
 
 

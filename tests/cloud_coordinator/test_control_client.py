@@ -17,13 +17,14 @@ from fleetfed.broker.config import BrokerConfig
 from fleetfed.broker.embedded import EmbeddedBroker
 from fleetfed.broker.render import render_acl
 from fleetfed.cloud_coordinator.cli.broker import broker_tls
-from fleetfed.cloud_coordinator.control_client import BrokerAddress, ControlClient, OperatorConfig
+from fleetfed.cloud_coordinator.control_client import ControlClient, OperatorConfig
 from fleetfed.cloud_coordinator.control_errors import NoAnswerError, RefusedError
 from fleetfed.cloud_coordinator.inventory import inventory_of
 from fleetfed.cloud_coordinator.keyring import Keyring, MemberRole, NewMember
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.mqtt.config import ConnectionConfig
+from fleetfed.shared.mqtt.endpoint import Endpoint
 from fleetfed.shared.mqtt.session import Session
 from fleetfed.shared.mqtt.tls import TlsFiles
 from fleetfed.shared.trust.identity import Identity
@@ -67,7 +68,7 @@ async def broker(keyring: Keyring, tmp_path: Path) -> AsyncIterator[EmbeddedBrok
 def operator(keyring: Keyring, broker: EmbeddedBroker) -> OperatorConfig:
     assert broker.port
     return OperatorConfig(
-        identity=keyring.identity_folder("operator"), broker=BrokerAddress(host="127.0.0.1", port=broker.port)
+        identity=keyring.identity_folder("operator"), broker=Endpoint(host="127.0.0.1", port=broker.port)
     )
 
 
@@ -92,8 +93,15 @@ class Scripted:
                 reconnect_cap=0.1,
             ),
             subscriptions=[TOPICS.all_up(Kind.OPERATOR, Verb.REQUEST)],
+            on_connect=self._on_connect,
             on_message=self._on_message,
         )
+        self.births = False
+
+    async def _on_connect(self, session_present: bool) -> None:
+        del session_present
+        if self.births:
+            await self.say(Broadcast.NODE, codec.encode(Presence(life=Life.READY, session=1)))
 
     async def _on_message(self, topic: str, payload: bytes, retained: bool) -> None:
         assert not retained
@@ -225,6 +233,8 @@ async def test_the_same_bytes_go_out_again_after_a_lost_connection(
         asked = asyncio.create_task(client.request(Command.ROUND_STATUS))
         await coordinator.asked.wait()
         coordinator.script = lambda _, message: [coordinator.answer(message, result={"late": True})]
+        # The broker forgets everything: whoever of the two is back first, the command must get through.
+        coordinator.births = True
         await broker.stop()
         await broker.start()
         assert await asked == {"late": True}

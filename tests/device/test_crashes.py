@@ -20,7 +20,7 @@ from fleetfed_testing.lone_gateway import Authority, manifest_of, plan_for, sign
 
 from fleetfed.cloud_coordinator import zoo
 from fleetfed.device import runtime as device_runtime
-from fleetfed.device.config import BrokerConfig, DeviceConfig
+from fleetfed.device.config import DeviceConfig, DeviceEndpoint
 from fleetfed.device.mqtt import Connected, PublishDone, Received
 from fleetfed.device.runtime import DeviceRuntime
 from fleetfed.device.store import Store
@@ -165,7 +165,7 @@ class Life:
         settings = DeviceConfig(
             identity=self.directory / "identity",
             state=self.directory / "state",
-            broker=BrokerConfig(host="localhost", tls=False),
+            broker=DeviceEndpoint(host="localhost", tls=False),
         )
         store = Store(self.directory / "state", disk=disk)
         self.runtime = DeviceRuntime(settings, DEVICE, store, Noise(), software="test")

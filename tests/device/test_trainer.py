@@ -10,7 +10,7 @@ import pytest
 
 from fleetfed.cloud_coordinator import zoo
 from fleetfed.device import memory, update, worker
-from fleetfed.device.config import BrokerConfig, DeviceConfig
+from fleetfed.device.config import DeviceConfig, DeviceEndpoint
 from fleetfed.device.trainer import (
     Task,
     TfliteTrainer,
@@ -43,7 +43,7 @@ def settings(directory: Path, **data: Any) -> DeviceConfig:
     return DeviceConfig(
         identity=directory,
         state=directory,
-        broker=BrokerConfig(host="localhost"),
+        broker=DeviceEndpoint(host="localhost"),
         data=DataConfig(**{"path": directory / "data.npz", **data}),
     )
 

@@ -14,11 +14,12 @@ import pytest
 from fleetfed_testing.signed_fleet import SignedFleet
 from fleetfed_testing.waiting import eventually
 
-from fleetfed.gateway.config import BrokerConfig, GatewayConfig, LimitsConfig, UpstreamConfig
+from fleetfed.gateway.config import GatewayConfig, LimitsConfig, UpstreamConfig
 from fleetfed.gateway.runtime import Gateway
 from fleetfed.shared.aggregate.accumulator import decode_words
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.mqtt.config import ConnectionConfig
+from fleetfed.shared.mqtt.endpoint import Endpoint
 from fleetfed.shared.mqtt.session import Session
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.wire import codec
@@ -83,11 +84,11 @@ class Site:
 
     def gateway(self, name: str, site: str, *, upstream: str = "_", upstream_port: int = 0) -> Gateway:
         identity = self.fleet.identity(name, Role.GATEWAY, site)
-        other = BrokerConfig(host="127.0.0.1", port=upstream_port or self.port, tls=False, reconnect_cap=0.1)
+        other = Endpoint(host="127.0.0.1", port=upstream_port or self.port, tls=False, reconnect_cap=0.1)
         config = GatewayConfig(
             identity=self.directory / name / "identity",
             state=self.directory / name / "state",
-            broker=BrokerConfig(host="127.0.0.1", port=self.port, tls=False, reconnect_cap=0.1),
+            broker=Endpoint(host="127.0.0.1", port=self.port, tls=False, reconnect_cap=0.1),
             upstream=UpstreamConfig(site=upstream, broker=other),
             limits=LimitsConfig(settle=0.1),
         )

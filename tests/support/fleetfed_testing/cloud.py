@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fleetfed.cloud_coordinator.blobstore import BlobStore
-from fleetfed.cloud_coordinator.config import BrokerConfig, CoordinatorConfig, ModelConfig, RoundSettings
+from fleetfed.cloud_coordinator.config import CoordinatorConfig, ModelConfig, RoundSettings
 from fleetfed.cloud_coordinator.control import Control
 from fleetfed.cloud_coordinator.inbox import Inbox
 from fleetfed.cloud_coordinator.publish import Outgoing
@@ -28,6 +28,7 @@ from fleetfed.shared.aggregate.lanes import Values, Words
 from fleetfed.shared.aggregate.meta import Contribution
 from fleetfed.shared.model.card import Initializer, InitializerKind, ModelCard
 from fleetfed.shared.model.table import TensorSlot, WeightTable
+from fleetfed.shared.mqtt.endpoint import Endpoint
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.signer import Message, Signer
@@ -294,7 +295,7 @@ class World:
         self.config = CoordinatorConfig(
             identity=directory / "identity",
             state=directory / "state",
-            broker=BrokerConfig(host="localhost", tls=False),
+            broker=Endpoint(host="localhost", tls=False),
             rounds=rounds or RoundSettings(weight_cap=50),
             autostart=autostart,
             model=model,
