@@ -21,32 +21,14 @@ Relative paths are taken from the file's own folder. Unknown keys are refused.
 
 from __future__ import annotations
 
-import ipaddress
-import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
+from fleetfed.shared import config
 from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.mqtt.config import is_loopback
+from fleetfed.shared.mqtt.tls import TlsFiles
 from fleetfed.shared.wire.limits import KIB, MAX_PACKET, MIB
-
-
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """PEM files of the TLS listener.
-
-    Attributes:
-        ca: authority that signs the clients' certificates.
-        cert: the broker's certificate chain.
-        key: its private key.
-        crl: revocation list of ``ca``; read again on reload.
-    """
-
-    ca: Path
-    cert: Path
-    key: Path
-    crl: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,75 +122,16 @@ class BrokerConfig:
         for port in (self.port, self.plain_port or 0):
             if not 0 <= port <= 0xFFFF:
                 raise ConfigError(f"port {port}: give 0 to 65535")
-        if self.tls is None and not _is_loopback(self.host):
+        if self.tls is None and not is_loopback(self.host):
             raise ConfigError(f"host {self.host} needs [tls]: without it only a loopback address is served")
         if self.tls is None and self.plain_port is not None:
             raise ConfigError("plain_port: the listener is plain already; leave it out or add [tls]")
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def load_config(path: Path) -> BrokerConfig:
-    """Read ``broker.toml``.
+    """Read ``broker.toml``; relative paths start at its folder.
 
     Raises:
         ConfigError: the file is missing, is not TOML, or has a key or a value that it must not have.
     """
-    try:
-        table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    try:
-        return config_from_table(table, path.parent)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def config_from_table(table: Mapping[str, Any], folder: Path) -> BrokerConfig:
-    """Build a configuration from parsed TOML; relative paths start at ``folder``.
-
-    Raises:
-        ConfigError: an unknown key, a missing one, or a value of the wrong type.
-    """
-    values = dict(table)
-    tls = limits = None
-    if (tls_table := values.pop("tls", None)) is not None:
-        tls = TlsFiles(**_typed(tls_table, TlsFiles, "tls.", folder))
-    if (limits_table := values.pop("limits", None)) is not None:
-        limits = Limits(**_typed(limits_table, Limits, "limits.", folder))
-    return BrokerConfig(**_typed(values, BrokerConfig, "", folder), tls=tls, limits=limits or Limits())
-
-
-def _typed(table: object, target: type, prefix: str, folder: Path) -> dict[str, Any]:
-    if not isinstance(table, dict):
-        raise ConfigError(f"{prefix.rstrip('.')} must be a table")
-    known = {item.name: str(item.type) for item in fields(target)}
-    values: dict[str, Any] = {}
-    for name, value in table.items():
-        kind = known.get(name)
-        if kind is None:
-            raise ConfigError(f"unknown key {prefix}{name}; known are {', '.join(sorted(known))}")
-        wanted: type | tuple[type, ...]
-        if kind.startswith("Path"):
-            wanted = str
-        elif kind.startswith("int"):
-            wanted = int
-        elif kind.startswith("float"):
-            wanted = (int, float)
-        else:
-            wanted = str
-        if isinstance(value, bool) or not isinstance(value, wanted):
-            raise ConfigError(f"{prefix}{name} is {value!r}: a {'text' if wanted is str else 'number'} is wanted")
-        values[name] = folder / str(value) if kind.startswith("Path") else value
-    if target is TlsFiles and (missing := {"ca", "cert", "key"} - values.keys()):
-        raise ConfigError(f"{prefix}{sorted(missing)[0]} is missing")
-    return values
+    return config.load(BrokerConfig, path)

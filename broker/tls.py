@@ -8,8 +8,8 @@ import ssl
 from pathlib import Path
 from typing import Final
 
-from fleetfed.broker.config import TlsFiles
 from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.mqtt.tls import TlsFiles
 
 _PEM: Final = re.compile(rb"-----BEGIN X509 CRL-----(.+?)-----END X509 CRL-----", re.DOTALL)
 _SEQUENCE: Final = 0x30

@@ -86,7 +86,7 @@ class RoundSettings:
     expires: Annotated[float, Range(0.1, 30 * 86400.0)] = 900.0
     weighting: Weighting = Weighting.EXAMPLES
     weight_cap: Annotated[int, Range(1, 2**31 - 1)] = 1000
-    error_feedback: bool = True
+    error_feedback: bool = False
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.model.card import InitializerKind, ModelCard
 from fleetfed.shared.model.table import write_weights
-from fleetfed.shared.wire import codec
+from fleetfed.shared.wire import compression
 
 NAMES = ("digits", "fedkeeper_cnn", "fedkeeper_dense", "wrist")
 
@@ -53,7 +53,7 @@ def load(name: str, seed: int = 0) -> ZooModel:
     if name == "digits":
         data = bytearray(_read("digits.tflite"))
     else:
-        data = bytearray(codec.decompress(_read(f"{name}.tflite.zst"), size=card.file_bytes))
+        data = bytearray(compression.decompress(_read(f"{name}.tflite.zst"), size=card.file_bytes))
     write_weights(data, card.table, initial_weights(card, seed))
     return ZooModel(data=bytes(data), card=card)
 

@@ -13,7 +13,7 @@ import numpy as np
 from fleetfed.cloud_coordinator.builder import BuiltModel, build_from_source
 from fleetfed.cloud_coordinator.zoo import NAMES, initial_weights
 from fleetfed.shared.model.table import write_weights
-from fleetfed.shared.wire import codec
+from fleetfed.shared.wire import compression
 
 BATCH = {"digits": 16, "fedkeeper_cnn": 10, "fedkeeper_dense": 10, "wrist": 16}
 """FedKeeper's paper trains with batches of 10."""
@@ -33,7 +33,7 @@ def shipped_files(name: str) -> dict[str, bytes]:
         write_weights(data, card.table, initial_weights(card, 0))
         return {f"{name}.card": card.encode(), f"{name}.tflite": bytes(data)}
     write_weights(data, card.table, np.zeros(card.parameters, dtype=np.float32))
-    return {f"{name}.card": card.encode(), f"{name}.tflite.zst": codec.compress(bytes(data), 19)}
+    return {f"{name}.card": card.encode(), f"{name}.tflite.zst": compression.compress(bytes(data), level=19)}
 
 
 def main() -> int:

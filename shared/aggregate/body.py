@@ -25,9 +25,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetfed.shared.aggregate.compression import compress, decompress, max_compressed
 from fleetfed.shared.aggregate.lanes import Values, Words
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
+from fleetfed.shared.wire.compression import compress, decompress, max_compressed
 
 _PEAK: Final = struct.Struct("<Q")
 _BYTE_PEAK: Final = 127

@@ -34,11 +34,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetfed.shared.aggregate.body import pack_symbols, packed_size, unpack_symbols
-from fleetfed.shared.aggregate.compression import compress, decompress, max_compressed
 from fleetfed.shared.aggregate.lanes import Values, levels
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.model.table import WeightTable
 from fleetfed.shared.wire import limits
+from fleetfed.shared.wire.compression import compress, decompress, max_compressed
 
 DEFAULT_BITS: Final = 4
 DEFAULT_CLIP: Final = 14.0

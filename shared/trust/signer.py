@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fleetfed.shared.trust.certificates import Certificate
 from fleetfed.shared.trust.keys import SigningKey
 from fleetfed.shared.wire import codec
+from fleetfed.shared.wire.compression import compress
 from fleetfed.shared.wire.envelope import (
     Head,
     Header,
@@ -18,6 +19,8 @@ from fleetfed.shared.wire.envelope import (
     signed_bytes,
 )
 
+_LEVEL = 3
+"""Of zstd: signed bodies are small, or compressed already."""
 _COMPRESS_FROM = 512
 """Bytes from which a body is worth compressing."""
 
@@ -88,7 +91,7 @@ class Signer:
             extension: kind-specific signed bytes.
         """
         raw = bytes(body) if isinstance(body, bytes | memoryview) else codec.encode(body)
-        compressed = codec.compress(raw) if len(raw) >= _COMPRESS_FROM else raw
+        compressed = compress(raw, level=_LEVEL) if len(raw) >= _COMPRESS_FROM else raw
         sent = compressed if len(compressed) < len(raw) else raw
         return self.sign_raw(
             kind,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from fleetfed.shared.errors import LocalProtocolError, RejectReason, RemoteProtocolError
 from fleetfed.shared.wire import limits
-from fleetfed.shared.wire.codec import compress, decompress
+from fleetfed.shared.wire.compression import compress, decompress
 from fleetfed.shared.wire.envelope import digest
 from fleetfed.shared.wire.messages import BlobRef
 
@@ -59,7 +59,7 @@ def publishable(raw: bytes, *, level: int = 9, chunk: int = limits.CHUNK_DATA) -
     """
     if not 0 < len(raw) <= limits.MAX_BLOB:
         raise LocalProtocolError(f"an object of {len(raw)} bytes; 1 to {limits.MAX_BLOB} are allowed")
-    return wrap(compress(raw, level), raw_size=len(raw), chunk=chunk)
+    return wrap(compress(raw, level=level), raw_size=len(raw), chunk=chunk)
 
 
 def wrap(data: bytes, *, raw_size: int, chunk: int = limits.CHUNK_DATA) -> Publishable:

@@ -1,4 +1,4 @@
-"""msgpack and zstd with every size known before a byte is allocated; frozen dataclasses in, frozen dataclasses out.
+"""msgpack with every size known before a byte is allocated; frozen dataclasses in, frozen dataclasses out.
 
 A message body is a msgpack map with one entry per dataclass field. `decode` either returns a value whose every
 field has the annotated type and lies inside its bounds, or raises `RemoteProtocolError`; nothing else. Entries that
@@ -25,7 +25,6 @@ from functools import cache
 from typing import Annotated, Any, TypeVar
 
 import msgpack
-import zstandard
 
 from fleetfed.shared.errors import LocalProtocolError, RejectReason, RemoteProtocolError
 from fleetfed.shared.wire import limits
@@ -263,28 +262,3 @@ def _exact(hint: type) -> _Decoder:
         return value
 
     return exact
-
-
-def compress(data: bytes, level: int = 3) -> bytes:
-    """Compress with zstd; the frame carries its content size."""
-    return zstandard.ZstdCompressor(level=level, write_checksum=False).compress(data)
-
-
-def decompress(data: bytes | memoryview, *, size: int) -> bytes:
-    """Decompress one zstd frame that must hold exactly ``size`` bytes.
-
-    The declared size is compared before anything is allocated, so a decompression bomb costs nothing.
-
-    Raises:
-        RemoteProtocolError: `DECOMPRESSION`.
-    """
-    try:
-        if zstandard.frame_content_size(data) != size:
-            raise RemoteProtocolError(RejectReason.DECOMPRESSION, f"the frame does not declare {size} bytes")
-        # One call with the frame's own size allocates exactly `size` and no window beside it.
-        raw = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise RemoteProtocolError(RejectReason.DECOMPRESSION, str(error)) from error
-    if len(raw) != size:
-        raise RemoteProtocolError(RejectReason.DECOMPRESSION, f"{len(raw)} of {size} bytes")
-    return raw

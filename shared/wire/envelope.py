@@ -23,7 +23,7 @@ from typing import Final, NewType
 
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.wire import limits
-from fleetfed.shared.wire.codec import decompress
+from fleetfed.shared.wire.compression import decompress
 
 MAGIC: Final = b"FFM1"
 VERSION: Final = 1

@@ -174,7 +174,7 @@ class Quantization:
     lane_bits: Annotated[int, Range(4, 64)]
     clips: Annotated[tuple[Annotated[float, Range(1e-30, 1e30)], ...], Length(1, limits.MAX_TENSORS)]
     weight_cap: Annotated[int, Range(1, 2**31 - 1)]
-    error_feedback: bool = True
+    error_feedback: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fleetfed.broker.config import TlsFiles
+from fleetfed.shared.mqtt.tls import TlsFiles
 
 
 @dataclass

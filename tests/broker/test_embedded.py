@@ -15,10 +15,11 @@ import aiomqtt
 import paho.mqtt.client as paho
 import pytest
 
-from fleetfed.broker.config import BrokerConfig, Limits, TlsFiles
+from fleetfed.broker.config import BrokerConfig, Limits
 from fleetfed.broker.embedded import EmbeddedBroker
 from fleetfed.broker.tls import revoked_serials
 from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.mqtt.tls import TlsFiles
 from tests.broker.certificates import Authority
 from tests.broker.conftest import KINDS, serve
 from tests.broker.rawclient import RawClient

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from fleetfed.broker.config import BrokerConfig, TlsFiles
+from fleetfed.broker.config import BrokerConfig
 from fleetfed.broker.render import Inventory, Member, load_inventory, render, render_acl
 from fleetfed.broker.service import main
 from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.mqtt.tls import TlsFiles
 from fleetfed.shared.wire.topics import Kind
 
 EXAMPLE = """

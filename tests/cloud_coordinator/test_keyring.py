@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from fleetfed.broker.acl import Access, parse_acl
-from fleetfed.broker.config import TlsFiles as BrokerTls
 from fleetfed.broker.render import render_acl
 from fleetfed.broker.tls import server_context
 from fleetfed.cloud_coordinator.inventory import inventory_of
@@ -21,6 +20,7 @@ from fleetfed.cloud_coordinator.keyring import Keyring, MemberRole, NewMember
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError, RejectReason, RemoteProtocolError, StorageError
 from fleetfed.shared.mqtt.tls import TlsFiles, client_context
+from fleetfed.shared.mqtt.tls import TlsFiles as BrokerTls
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.wire.envelope import MessageKind

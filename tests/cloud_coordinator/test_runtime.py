@@ -16,12 +16,13 @@ from fleetfed_testing.cloud import Fleet, ScriptedGateway, SiteTopics, small_mod
 from fleetfed_testing.lone_gateway import FLEET
 from fleetfed_testing.waiting import eventually
 
-from fleetfed.cloud_coordinator.config import BrokerConfig, CoordinatorConfig, ModelConfig, RoundSettings
+from fleetfed.cloud_coordinator.config import CoordinatorConfig, ModelConfig, RoundSettings
 from fleetfed.cloud_coordinator.pki import Role as TlsRole
 from fleetfed.cloud_coordinator.runtime import run_coordinator
 from fleetfed.cloud_coordinator.step import ring_of
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError, StorageError
+from fleetfed.shared.mqtt.endpoint import Endpoint
 from fleetfed.shared.mqtt.session import Session
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.verifier import Verifier
@@ -121,7 +122,7 @@ def config_of(directory: Path, broker: Any, fleet: Fleet, **changes: Any) -> Coo
     values: dict[str, Any] = {
         "identity": directory / "identity",
         "state": directory / "state",
-        "broker": BrokerConfig(host=connection.host, port=connection.port, reconnect_cap=0.1, **tls),
+        "broker": Endpoint(host=connection.host, port=connection.port, reconnect_cap=0.1, **tls),
         "model": ModelConfig(file=write_model(directory / "model")),
         "rounds": RoundSettings(rounds=3, start_when=5, weight_cap=50),
         "autostart": True,

@@ -76,7 +76,9 @@ def plan(**changes: Any) -> Plan:
         "model_version": 1,
         "model_sha256": bytes(32),
         "dimension": CARD.parameters,
-        "quantization": Quantization(bits=4, lane_bits=16, clips=(0.05,) * len(CARD.tensors), weight_cap=50),
+        "quantization": Quantization(
+            bits=4, lane_bits=16, clips=(0.05,) * len(CARD.tensors), weight_cap=50, error_feedback=True
+        ),
         "training": Training(learning_rate=0.05),
         "opened": 0,
         "deadline": 1,

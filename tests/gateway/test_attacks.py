@@ -17,7 +17,7 @@ from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.signer import Message
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.chunks import split
-from fleetfed.shared.wire.codec import compress, decompress
+from fleetfed.shared.wire.compression import compress, decompress
 from fleetfed.shared.wire.envelope import MessageKind
 from fleetfed.shared.wire.messages import Plan
 from fleetfed.shared.wire.topics import Broadcast, Kind, Verb
@@ -266,7 +266,7 @@ async def test_a_body_that_is_not_the_signed_one(scene: Scene) -> None:
 
 
 async def test_a_decompression_bomb(scene: Scene) -> None:
-    bomb = (1).to_bytes(8, "little") + compress(bytes(1_000_000), 19)
+    bomb = (1).to_bytes(8, "little") + compress(bytes(1_000_000), level=19)
     assert len(bomb) < 150
     scene.bench.update(DEVICE, scene.bench.fleet.update(DEVICE, scene.plan, scene.hash, body=bomb))
     await scene.refused(RejectReason.DECOMPRESSION)

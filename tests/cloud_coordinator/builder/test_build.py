@@ -13,7 +13,7 @@ from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.model.interpreter import Model
 from fleetfed.shared.model.table import read_weights
-from fleetfed.shared.wire import codec
+from fleetfed.shared.wire import compression
 
 tensorflow = pytest.mark.tensorflow
 quiet = pytest.mark.filterwarnings("ignore")
@@ -40,7 +40,7 @@ def test_what_is_shipped_is_what_the_builder_builds(name):
         shipped = folder.joinpath(file_name).read_bytes()
         if file_name.endswith(".zst"):
             size = ModelCard.decode(folder.joinpath(f"{name}.card").read_bytes()).file_bytes
-            built, shipped = codec.decompress(built, size=size), codec.decompress(shipped, size=size)
+            built, shipped = compression.decompress(built, size=size), compression.decompress(shipped, size=size)
         if file_name.endswith(".card"):
             built, shipped = ModelCard.decode(built), ModelCard.decode(shipped)
         # Equal as long as TensorFlow is the release that the extra `model` pins.

@@ -13,8 +13,8 @@ from fleetfed.shared.aggregate.body import (
     packed_size,
     unpack_symbols,
 )
-from fleetfed.shared.aggregate.compression import compress
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
+from fleetfed.shared.wire.compression import compress
 
 PEAKS = [0, 1, 2, 3, 7, 8, 31, 127, 128, 255, 256, 32767, 32768, 70_000, 2**23, 2**31, 2**40]
 

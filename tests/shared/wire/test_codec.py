@@ -7,12 +7,11 @@ from typing import Annotated, Any
 
 import msgpack
 import pytest
-import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
-from fleetfed.shared.wire.codec import Length, Range, compress, decode, decompress, encode, unpack
+from fleetfed.shared.wire.codec import Length, Range, decode, encode, unpack
 
 
 class Colour(StrEnum):
@@ -138,39 +137,6 @@ def test_a_length_bomb_allocates_nothing() -> None:
 def test_deep_nesting_is_refused() -> None:
     with pytest.raises(RemoteProtocolError):
         unpack(b"\x91" * 5000 + b"\x00", limit=10_000)
-
-
-@given(st.binary(max_size=2000))
-def test_decompression_returns_what_was_compressed(raw: bytes) -> None:
-    assert decompress(compress(raw), size=len(raw)) == raw
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        pytest.param(compress(b"a" * 10_000_000), id="bomb of another size than was signed"),
-        pytest.param(compress(b"a" * 100) + b"x", id="bytes after the frame"),
-        pytest.param(compress(b"a" * 100) * 2, id="two frames"),
-        pytest.param(compress(b"a" * 100)[:-1], id="truncated"),
-        pytest.param(b"", id="empty"),
-        pytest.param(b"no zstd at all", id="garbage"),
-        pytest.param(
-            zstandard.ZstdCompressor(write_content_size=False).compress(b"a" * 100), id="a frame without its size"
-        ),
-    ],
-)
-def test_a_frame_that_does_not_hold_the_signed_size_is_refused(data: bytes) -> None:
-    with pytest.raises(RemoteProtocolError) as caught:
-        decompress(data, size=100)
-    assert caught.value.reason is RejectReason.DECOMPRESSION
-
-
-def test_a_frame_that_lies_about_its_size_is_refused() -> None:
-    frame = bytearray(compress(b"ab" * 500_000))
-    position = frame.index((1_000_000).to_bytes(4, "little"))
-    frame[position : position + 4] = (100_000).to_bytes(4, "little")
-    with pytest.raises(RemoteProtocolError):
-        decompress(bytes(frame), size=100_000)
 
 
 def test_every_wire_message_has_a_working_schema() -> None:

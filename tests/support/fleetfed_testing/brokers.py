@@ -225,8 +225,8 @@ class Embedded:
     def start(self) -> None:
         """Listen; returns when it does."""
         from fleetfed.broker.config import BrokerConfig
-        from fleetfed.broker.config import TlsFiles as BrokerTlsFiles
         from fleetfed.broker.embedded import EmbeddedBroker
+        from fleetfed.shared.mqtt.tls import TlsFiles as BrokerTlsFiles
 
         files = None
         if self.tls:

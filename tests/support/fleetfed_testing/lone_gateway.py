@@ -120,7 +120,9 @@ def plan_for(
         "model_version": manifest.version,
         "model_sha256": manifest.sha256,
         "dimension": card.parameters,
-        "quantization": Quantization(bits=4, lane_bits=16, clips=(clip,) * len(card.tensors), weight_cap=1000),
+        "quantization": Quantization(
+            bits=4, lane_bits=16, clips=(clip,) * len(card.tensors), weight_cap=1000, error_feedback=True
+        ),
         "training": Training(learning_rate=0.05),
         "opened": now,
         "deadline": now + round(seconds * 1000),

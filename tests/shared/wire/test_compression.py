@@ -5,8 +5,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetfed.shared.aggregate.compression import compress, decompress, max_compressed
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
+from fleetfed.shared.wire.compression import compress, decompress, max_compressed
 
 DATA = bytes(range(256)) * 40 + b"\0" * 5000
 
