@@ -221,6 +221,7 @@ def plot(report: Report, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogFormatter
 
     rows = [row for row in report.wire_by_round if row["accuracy"] is not None]
     accuracy = [row["accuracy"] for row in rows]
@@ -231,6 +232,8 @@ def plot(report: Report, path: Path) -> None:
     axes.plot(ours, accuracy, marker="o", markersize=3, color="#1f6f5c", label="FleetFed, counted on the sockets")
     axes.plot(theirs, accuracy, marker=".", color="#b0b0b0", label="the same rounds as float32 (computed)")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.6)))
     axes.set_xlabel("megabytes, all devices, both directions")
     axes.set_ylabel("accuracy on the validation set")
     axes.set_title(f"{report.model}: {report.devices} devices, {report.gateways} gateways, {report.rounds} rounds")
