@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetfed.cloud_coordinator import zoo
 from fleetfed.cloud_coordinator.clips import ClipConfig, first_clips, next_clips
 from fleetfed.cloud_coordinator.optimizers import OptimizerConfig, make_optimizer
 from fleetfed.shared.aggregate.accumulator import Accumulator, Ring, check_partial, decode_words, encode_words
@@ -31,7 +32,6 @@ from fleetfed.shared.aggregate.body import decode_body, encode_body
 from fleetfed.shared.aggregate.lanes import choose_lane_bits
 from fleetfed.shared.aggregate.meta import Contribution
 from fleetfed.shared.aggregate.quantize import Grid, mean_delta, quantize
-from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.model.interpreter import Adam, Model
 from fleetfed.shared.model.patch import DEFAULT_CLIP, apply_patch, make_patch
 from fleetfed.shared.model.table import read_weights
@@ -68,10 +68,10 @@ class Settings:
 class Fleet:
     """The devices' data and one interpreter to train with."""
 
-    def __init__(self, model: Path, data: Path, settings: Settings) -> None:
+    def __init__(self, model: zoo.ZooModel, data: Path, settings: Settings) -> None:
         self.settings = settings
-        self.card = ModelCard.decode(model.with_suffix(".card").read_bytes())
-        self.file = model.read_bytes()
+        self.card = model.card
+        self.file = model.data
         self._model = Model(self.file, self.card)
         with np.load(data) as arrays:
             self._x, self._y = _examples(arrays["x_train"]), arrays["y_train"].astype(np.int64)
@@ -159,7 +159,6 @@ def over_the_wire(fleet: Fleet) -> Iterator[Round]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "mnist.npz")
-    parser.add_argument("--model", type=Path, default=ROOT / "runs" / "models" / "fedkeeper_cnn.tflite")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--bits", type=int, default=ClipConfig().bits)
     parser.add_argument("--multiplier", type=float, default=ClipConfig().multiplier)
@@ -170,14 +169,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write every round's figures here")
     arguments = parser.parse_args()
-    for path, remedy in (
-        (arguments.data, "pass --data mnist.npz"),
-        (arguments.model, f"run `fleetfed model build` into {arguments.model.parent}"),
-        (arguments.model.with_suffix(".card"), "the card belongs beside the model"),
-    ):
-        if not path.exists():
-            print(f"wire_accuracy: {path} is not there: {remedy}", file=sys.stderr)
-            return 2
+    if not arguments.data.exists():
+        print(f"wire_accuracy: {arguments.data} is not there: pass --data mnist.npz", file=sys.stderr)
+        return 2
+    model = zoo.load("fedkeeper_cnn", arguments.seed)
     settings = Settings(
         rounds=arguments.rounds,
         devices=100,
@@ -191,8 +186,8 @@ def main() -> int:
         seed=arguments.seed,
     )
     started = time.monotonic()
-    plain, wire = run(arguments.model, arguments.data, settings)
-    met = summarize(plain, wire, 4 * ModelCard.decode(arguments.model.with_suffix(".card").read_bytes()).parameters)
+    plain, wire = run(model, arguments.data, settings)
+    met = summarize(plain, wire, 4 * model.card.parameters)
     print(f"{time.monotonic() - started:.0f} s")
     if arguments.json:
         report = {
@@ -205,7 +200,7 @@ def main() -> int:
     return 0 if met else 1
 
 
-def run(model: Path, data: Path, settings: Settings) -> tuple[list[Round], list[Round]]:
+def run(model: zoo.ZooModel, data: Path, settings: Settings) -> tuple[list[Round], list[Round]]:
     """Both arms, a thread each: the interpreter does its work outside Python's lock."""
     arms = in_float32(Fleet(model, data, settings)), over_the_wire(Fleet(model, data, settings))
     plain: list[Round] = []

@@ -89,9 +89,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 0
     except FleetFedError as error:
         label, code = output.classify(error)
-        if output.json_wanted(arguments):
-            output.print_json({"error": label, "detail": str(error)})
-        else:
-            print(f"fleetfed: {error}", file=sys.stderr)
-        return code
+        return _failed(label, str(error), code, arguments)
+    except OSError as error:
+        # The disk, a port, a permission: it names the file and the cause, and a traceback would add nothing.
+        return _failed("os_error", str(error), output.EXIT_FAILED, arguments)
     return result if isinstance(result, int) else 0
+
+
+def _failed(label: str, detail: str, code: int, arguments: Sequence[str] | None) -> int:
+    if output.json_wanted(arguments):
+        output.print_json({"error": label, "detail": detail})
+    else:
+        print(f"fleetfed: {detail}", file=sys.stderr)
+    return code

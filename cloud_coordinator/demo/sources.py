@@ -93,7 +93,8 @@ def load(source: str, deal: Deal) -> Split:
     """Read a source and deal its examples out.
 
     Args:
-        source: ``digits``, or the path of an ``.npz`` in the form of ``mnist.npz`` or ``hmp.npz``.
+        source: ``digits``, or the path of an ``.npz`` in the form of ``mnist.npz`` or ``hmp.npz``; a bare name is
+            also looked for in ``../shared/data``.
         deal: how.
 
     Raises:
@@ -106,7 +107,7 @@ def load(source: str, deal: Deal) -> Split:
         held = int(len(order) * _VALIDATION)
         training, validation = examples.take(order[held:]), examples.take(order[:held])
         return _deal("digits", training, validation, deal, rng, most=deal.per_device)
-    path = Path(source)
+    path = _found(source)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names = set(arrays.files)
@@ -124,6 +125,12 @@ def load(source: str, deal: Deal) -> Split:
     raise ConfigError(
         f"{source}: neither x_train, y_train, x_test and y_test nor samples, lengths, activity and volunteer are in it"
     )
+
+
+def _found(source: str) -> Path:
+    path = Path(source)
+    beside = Path("..") / "shared" / "data" / source
+    return beside if path.name == source and not path.exists() and beside.exists() else path
 
 
 def digits() -> Examples:
