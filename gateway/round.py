@@ -37,7 +37,8 @@ RETRY: Final = 5_000
 """Milliseconds until an unanswered message is sent again; doubled up to `RETRY_CAP`."""
 RETRY_CAP: Final = 60_000
 LONELY: Final = 2_000
-"""Milliseconds for which a round in which nobody is expected stays open, so that members can still show up."""
+"""Milliseconds for which a round stays open at a site where nobody is, so that members can still show up. Where there
+are devices and the plan selects none of them, there is nobody to wait for."""
 
 _MODES: Final = {Mode.PLAIN: PLAIN}
 
@@ -93,9 +94,11 @@ class RoundMachine(Machine[RoundState]):
         self._revoked: frozenset[int] = frozenset()
         self._bytes = sum(update.size for update in record.accepted.values())
         self._device_of = {update.message_id: device for device, update in record.accepted.items()}
-        self.expected = {device for device in devices if self._selected(device)}
+        present = tuple(devices)
+        self.expected = {device for device in present if self._selected(device)}
         self.expected |= record.accepted.keys() | record.declined.keys()
         self.expected_gateways = set(gateways) | record.children.keys()
+        self._deserted = not present and not self.expected_gateways
 
     # --- Questions -----------------------------------------------------------------------------------------------
 
@@ -179,7 +182,7 @@ class RoundMachine(Machine[RoundState]):
         if not self.expected_gateways <= self.record.children.keys():
             return latest
         if not self.expected:
-            lonely = 0 if self.expected_gateways else self._opened + LONELY
+            lonely = self._opened + LONELY if self._deserted else 0
             return min(latest, max(lonely, self.place.settled))
         # 1e-9: a fraction such as 0.7 of 10 must not become 8.
         needed = max(1, math.ceil(plan.quorum.fraction * len(self.expected) - 1e-9))

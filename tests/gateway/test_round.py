@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -210,6 +210,13 @@ def test_where_nobody_is_expected_it_waits_a_moment(make: Make) -> None:
     machine = make()
     assert machine.next_deadline() == T0 + LONELY
     assert kinds(machine.handle(TimerFired(), T0 + LONELY)) == ["MakeProposal"]
+
+
+def test_where_the_plan_selects_none_of_those_present_it_waits_for_nobody(make: Make) -> None:
+    nobody = replace(PLAN, eligibility=replace(PLAN.eligibility, fraction=0.0))
+    machine = make("a", "b", plan=nobody, settled=T0 - 1)
+    assert machine.next_deadline() == T0 - 1
+    assert kinds(machine.handle(TimerFired(), T0)) == ["MakeProposal"]
 
 
 def test_after_a_start_it_does_not_trust_presence_at_once(make: Make) -> None:
