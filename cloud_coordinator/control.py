@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,11 +27,12 @@ from fleetfed.cloud_coordinator.events import (
     StartRequested,
 )
 from fleetfed.cloud_coordinator.publish import REVOCATIONS, Outgoing
+from fleetfed.cloud_coordinator.records import VersionRecord
 from fleetfed.cloud_coordinator.service import Coordinator
 from fleetfed.cloud_coordinator.state import State, Wish
 from fleetfed.cloud_coordinator.versions import from_file, from_version, read_model
 from fleetfed.shared import config
-from fleetfed.shared.errors import ConfigError, FleetFedError, RejectReason, RemoteProtocolError
+from fleetfed.shared.errors import ConfigError, FleetFedError, RejectReason, RemoteProtocolError, StorageError
 from fleetfed.shared.trust.verifier import Verifier
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.envelope import Head, MessageKind
@@ -216,7 +217,7 @@ class Control:
                 now=coordinator.clock(),
             )
 
-        return self._add(await asyncio.to_thread(work), "model publish")
+        return self._add(await _stored(asyncio.to_thread(work)), "model publish")
 
     async def _rollback(self, number: int) -> Callable[[], dict[str, Any]]:
         coordinator = self._coordinator
@@ -227,7 +228,7 @@ class Control:
             raise CommandError("no_such_version", f"there is no version {number}; see `fleetfed model list`")
         if source.sha256 == newest.sha256:
             raise CommandError("same_model", f"version {newest.version} already is what version {number} was")
-        record = await asyncio.to_thread(
+        work = asyncio.to_thread(
             from_version,
             source,
             blobs=coordinator.blobs,
@@ -235,7 +236,7 @@ class Control:
             parent=newest.version,
             now=coordinator.clock(),
         )
-        return self._add(record, "model rollback")
+        return self._add(await _stored(work), "model rollback")
 
     def _add(self, record: Any, what: str) -> Callable[[], dict[str, Any]]:
         # A round may have begun while a thread worked.
@@ -396,6 +397,19 @@ class Control:
         if summary is not None:
             row |= _plain(summary)
         return row
+
+
+async def _stored(work: Awaitable[VersionRecord]) -> VersionRecord:
+    """A version whose objects are stored; a full disk refuses the command, and nothing else.
+
+    Raises:
+        CommandError: an object cannot be read or written.
+    """
+    try:
+        return await work
+    except StorageError as error:
+        # Nothing was promised yet. To end for it would end the coordinator again with every copy of the request.
+        raise CommandError("storage", str(error)) from error
 
 
 def open_revocations(message: bytes, verifier: Verifier, *, now: int) -> Revocations:

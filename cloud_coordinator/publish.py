@@ -129,6 +129,10 @@ class Publisher:
         return None if message is None else _Signed(message, _manifest(message))
 
     def _cleared(self, digest: Digest) -> None:
+        # A rollback may have named it again, and published it after the clearing, before the broker confirmed that.
+        named = (ref for signed in (self._current, self._previous) if signed is not None for ref in signed.refs)
+        if any(ref.digest == digest for ref in named):
+            return
         self._published.pop(digest, None)
         self._store.drop_published([digest])
 

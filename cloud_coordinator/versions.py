@@ -136,13 +136,16 @@ def from_version(source: VersionRecord, *, blobs: BlobStore, version: int, paren
     if source.file is None:
         raise ConfigError(f"the file of version {source.version} is no longer kept; see storage.keep_versions")
     full = publishable(blobs.get(source.file), level=_FILE_LEVEL)
-    blobs.put(full.data)
+    # The card as it was published is gone if another architecture came in between.
+    card = publishable(blobs.get(source.card))
+    blobs.put(full.data, card.data)
     return replace(
         source,
         version=version,
         parent=parent,
         origin=Origin.ROLLBACK,
         source=source.version,
+        card_ref=card.ref,
         full_ref=full.ref,
         patch_ref=None,
         round=0,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fleetfed_testing.cloud import ScriptedGateway, World, facts, small_model, write_model
 
+from fleetfed.cloud_coordinator.blobstore import BlobStore
 from fleetfed.cloud_coordinator.config import RoundSettings, StorageConfig
-from fleetfed.cloud_coordinator.publish import refs_of
+from fleetfed.cloud_coordinator.publish import Outgoing, refs_of
 from fleetfed.cloud_coordinator.state import State
+from fleetfed.shared.errors import StorageError
+from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.model.patch import apply_patch
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.wire.blobs import part_count, unwrap
@@ -286,4 +290,55 @@ async def test_obsolete_chunks_are_cleared_and_a_newcomer_always_gets_the_model(
     await world.run_round(north, seed=99)
     refused = await world.ask(Command.MODEL_ROLLBACK, version=2)
     assert "no longer kept" in refused.detail
+    await world.close()
+
+
+async def test_a_rollback_over_another_architecture_brings_its_card_back(world: World, tmp_path: Path) -> None:
+    for seed, name in enumerate(("second", "third", "fourth")):
+        await world.ask(Command.MODEL_PUBLISH, file=str(write_model(tmp_path / "other", seed, name=name)))
+    # A start collects what nothing refers to any more.
+    await world.restart()
+    assert (await world.ask(Command.MODEL_ROLLBACK, version=1)).error == ""
+    download(world)
+    assert ModelCard.decode(fetch(world, world.manifest().card)) == small_model()[1]
+
+
+async def test_what_a_rollback_names_again_stays_although_its_clearing_is_confirmed_late(
+    world: World, tmp_path: Path
+) -> None:
+    await world.ask(Command.MODEL_PUBLISH, file=str(write_model(tmp_path / "other", 2, name="second")))
+    late: list[Callable[[], None]] = []
+
+    def take(packet: Outgoing) -> None:
+        if packet.done is not None:
+            late.append(packet.done)
+        world.sent.take(replace(packet, done=None))
+
+    world.coordinator._transport = take
+    await world.ask(Command.MODEL_PUBLISH, file=str(write_model(tmp_path / "other", 3, name="third")))
+    await world.ask(Command.MODEL_ROLLBACK, version=1)
+    assert late
+    for confirmed in late:
+        confirmed()
+    assert {ref.digest for ref in refs_of(world.manifest())} <= set(world.store.published())
+    await world.restart()
+    download(world)
+
+
+async def test_a_full_disk_refuses_a_model_and_stops_nothing(tmp_path: Path) -> None:
+    class Full(BlobStore):
+        full = False
+
+        def put(self, *objects: bytes) -> list[bytes]:
+            if Full.full:
+                raise StorageError("no space left on device")
+            return super().put(*objects)
+
+    world = World(tmp_path, autostart=False, blobs=Full)
+    other = write_model(tmp_path / "other", seed=2)
+    Full.full = True
+    answer = await world.ask(Command.MODEL_PUBLISH, file=str(other))
+    assert (answer.error, answer.detail) == ("storage", "no space left on device")
+    Full.full = False
+    assert (await world.ask(Command.MODEL_PUBLISH, file=str(other))).result["version"] == 2
     await world.close()
