@@ -156,14 +156,17 @@ class RoundMachine(Machine[RoundState]):
         old = self.record.accepted.get(device)
         if old is not None and (old.message_id, old.head) == (header.message_id, head.hash):
             return False
-        self._check_room(device, head.message_size, now)
+        self._check_room(device, header.message_id, head.message_size, now)
         return True
 
-    def _check_room(self, device: str, size: int, now: int) -> None:
+    def _check_room(self, device: str, message_id: MessageId, size: int, now: int) -> None:
         if self.state is not RoundState.OPEN or now >= close_time(self.record.plan, self.place.level):
             raise RemoteProtocolError(RejectReason.LATE, f"the round is {self.state} here")
         if device in self.record.accepted:
             raise RemoteProtocolError(RejectReason.DUPLICATE, "another update of this device counts")
+        # Message ids are their senders' to choose; journal and commit name updates by them alone.
+        if message_id in self._device_of or any(message_id in c.members for c in self.record.children.values()):
+            raise RemoteProtocolError(RejectReason.CONFLICT, "another device's update has this message id")
         if self.contributors >= self.record.plan.quorum.cohort_cap:
             raise RemoteProtocolError(RejectReason.COHORT_FULL, f"{self.contributors} contributors")
         if self._bytes + size > self.place.journal_limit:
@@ -222,7 +225,7 @@ class RoundMachine(Machine[RoundState]):
             ]
         try:
             # Asked again: the round may have closed, or the device sent another update, while the body came in.
-            self._check_room(event.device, event.size, now)
+            self._check_room(event.device, event.message_id, event.size, now)
             if event.serial in self._revoked:
                 raise RemoteProtocolError(RejectReason.REVOKED)
         except RemoteProtocolError as error:

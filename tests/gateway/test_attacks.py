@@ -454,3 +454,11 @@ async def test_bytes_that_mean_nothing(bench: Bench) -> None:
     await bench.quiet()
     assert bench.facts() == before
     assert sum(bench.counters.snapshot().values()) >= 4 * len(topics) - 8
+
+
+async def test_another_devices_message_id(scene: Scene) -> None:
+    bench, taken = scene.bench, next(iter(scene.bench.machine.round.record.accepted.values())).message_id
+    bench.fleet.signer(DEVICE)._randomness = lambda size: taken
+    bench.update(DEVICE, bench.fleet.update(DEVICE, scene.plan, scene.hash, number=1))
+    await scene.refused(RejectReason.CONFLICT)
+    bench.machine.validate()
