@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from fleetfed.cloud_coordinator.events import FleetChanged
+from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.messages import Census, Life, MemberSummary, Presence
 
 MAX_GATEWAYS: Final = 10_000
@@ -61,7 +63,7 @@ class Fleet:
         return FleetChanged(
             gateways=ready,
             stopped=frozenset(name for name in self.presences if self.life(name) is Life.DISCONNECTED),
-            devices=sum(c.ready + c.sleeping for name, c in self.censuses.items() if name in ready),
+            devices=_total(c.ready + c.sleeping for name, c in self.censuses.items() if name in ready),
         )
 
     @property
@@ -72,8 +74,13 @@ class Fleet:
     def progress(self, round: int) -> Progress:
         """How far the round is."""
         current = [census for census in self.censuses.values() if census.round == round]
-        return Progress(accepted=sum(c.answered for c in current), expected=sum(c.expected for c in current))
+        return Progress(accepted=_total(c.answered for c in current), expected=_total(c.expected for c in current))
 
     def members(self) -> dict[str, tuple[str, MemberSummary]]:
         """Every device that a census names: direct gateway and summary, by id."""
         return {member.id: (name, member) for name, census in self.censuses.items() for member in census.members}
+
+
+def _total(counts: Iterable[int]) -> int:
+    """A sum that fits its field, whatever gateways claim."""
+    return min(sum(counts), limits.MAX_TALLY)

@@ -12,10 +12,14 @@ from fleetfed.cloud_coordinator.fleet import Progress
 from fleetfed.cloud_coordinator.records import ExchangeRecord, RoundRecord, VersionRecord
 from fleetfed.cloud_coordinator.state import CoordinatorMachine
 from fleetfed.shared.aggregate.meta import MetaSum
+from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.messages import Outcome, Status
 
 HISTORY: Final = 50
 """Rounds that the status carries: each subscriber gets all of them with every change."""
+
+_LABELS: Final = 64
+"""Different reasons of each kind that a round's record keeps."""
 
 
 def tally(reasons: Iterable[str]) -> dict[str, int]:
@@ -44,7 +48,9 @@ def round_report(
         for exchange in exchanges:
             total.update(getattr(exchange, name))
         if total:
-            found[name] = dict(sorted(total.items()))
+            # The labels and counts are the gateways' own; what many of them claim must still fit.
+            kept = total.most_common(_LABELS)
+            found[name] = {label: min(count, limits.MAX_TALLY) for label, count in sorted(kept)}
     found |= metrics
     if meta is not None:
         found |= {"examples": meta.examples, "clipped": max(meta.clipped)}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from fleetfed.cloud_coordinator.events import Member, ProposalVerified, RevealVerified
 from fleetfed.shared.errors import RejectReason
-from fleetfed.shared.wire.envelope import Digest
+from fleetfed.shared.wire.envelope import Digest, MessageId
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,14 +103,17 @@ class Round:
         gateway = event.message.gateway
         assert gateway not in self.exchanges
         excluded = dict(event.excluded)
-        members = []
+        members: list[Member] = []
+        named: set[MessageId] = set()
         for member in event.members:
-            if member.device in self.holder:
+            # Message ids are their senders' to choose, and the commit names members by them alone.
+            if member.device in self.holder or member.message_id in named:
                 excluded[member.head.hex()] = RejectReason.DUPLICATE
             elif len(self.holder) >= self.cohort_cap:
                 excluded[member.head.hex()] = RejectReason.COHORT_FULL
             else:
                 self.holder[member.device] = gateway
+                named.add(member.message_id)
                 members.append(member)
         # The same head twice in one proposal: it is in, so it is not left out.
         for member in members:

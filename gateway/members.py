@@ -152,4 +152,4 @@ class Members:
 
 def _bounded(own: int, below: Iterable[int]) -> int:
     """A sum that fits its field, whatever gateways below claim."""
-    return min(own + sum(below), 1 << 53)
+    return min(own + sum(below), limits.MAX_TALLY)

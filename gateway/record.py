@@ -8,11 +8,11 @@ from enum import StrEnum
 from typing import Final
 
 from fleetfed.gateway.events import CommitArrived
+from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.envelope import Digest, MessageId
 from fleetfed.shared.wire.messages import Plan
 
 _LABELS: Final = 64
-_MOST: Final = 1 << 53
 
 NEVER: Final = 1 << 62
 """A time that does not come."""
@@ -111,4 +111,4 @@ def close_time(plan: Plan, level: int) -> int:
 
 def bounded(counts: Counter[str]) -> dict[str, int]:
     """Counts that fit a proposal, whatever gateways below have counted."""
-    return {label: min(count, _MOST) for label, count in counts.most_common(_LABELS) if count > 0}
+    return {label: min(count, limits.MAX_TALLY) for label, count in counts.most_common(_LABELS) if count > 0}

@@ -14,7 +14,8 @@ from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.codec import Length, Range
 
-_U63: Final = float(2**63 - 1)
+# An integer: as a float it would be 2^63, which databases refuse.
+_U63: Final = 2**63 - 1
 
 Bytes16 = Annotated[bytes, Length(16, 16)]
 Bytes32 = Annotated[bytes, Length(32, 32)]
@@ -24,6 +25,8 @@ Text = Annotated[str, Length(0, 2000)]
 Count = Annotated[int, Range(0, _U63)]
 Positive = Annotated[int, Range(1, _U63)]
 Millis = Annotated[int, Range(0, _U63)]
+Tally = Annotated[int, Range(0, limits.MAX_TALLY)]
+Label = Annotated[str, Length(1, 64)]
 Fraction = Annotated[float, Range(0.0, 1.0)]
 
 
@@ -283,8 +286,8 @@ class Proposal:
 
     plan: Bytes32
     heads: Annotated[tuple[Annotated[bytes, Length(1, 4096)], ...], Length(0, limits.MAX_COHORT)]
-    declined: Annotated[dict[str, int], Length(0, 64)] = field(default_factory=dict)
-    rejected: Annotated[dict[str, int], Length(0, 64)] = field(default_factory=dict)
+    declined: Annotated[dict[Label, Tally], Length(0, 64)] = field(default_factory=dict)
+    rejected: Annotated[dict[Label, Tally], Length(0, 64)] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,16 +383,16 @@ class Census:
 
     site: Id
     level: Annotated[int, Range(0, 7)]
-    devices: Count
-    ready: Count
-    sleeping: Count
-    lost: Count
+    devices: Tally
+    ready: Tally
+    sleeping: Tally
+    lost: Tally
     members: Annotated[tuple[MemberSummary, ...], Length(0, limits.MAX_COHORT)] = ()
     truncated: bool = False
     model_version: Count = 0
     round: Count = 0
-    answered: Count = 0
-    expected: Count = 0
+    answered: Tally = 0
+    expected: Tally = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

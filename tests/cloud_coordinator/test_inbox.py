@@ -16,7 +16,7 @@ from fleetfed.shared.aggregate.accumulator import Accumulator, Ring, encode_word
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.signer import Message
-from fleetfed.shared.wire import codec
+from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.chunks import split
 from fleetfed.shared.wire.envelope import HEADER_SIZE, Digest, MessageKind
 from fleetfed.shared.wire.messages import Commit, Need, Plan, Revocations
@@ -341,3 +341,42 @@ async def test_needed_chunks_are_published_again_once(round_: Open) -> None:
     for payload in (need, need, unknown):
         await world.hear("north", Verb.NEED, payload)
     assert sum(each == topic for each, _, _ in world.sent.packets) == sent + 1
+
+
+async def test_a_round_that_no_database_can_hold_is_refused(round_: Open) -> None:
+    for number in (2**63, 2**64 - 1):
+        other = round_.north.propose(replace(round_.plan, round=number), round_.hash, [])
+        await round_.refused(round_.north, Verb.PROPOSE, other, RejectReason.WRONG_ROUND)
+
+
+async def test_two_devices_under_one_message_id_count_for_the_first(round_: Open) -> None:
+    for device in ("a", "b"):
+        signer = round_.world.fleet.signer(Role.DEVICE, device, "north")
+        signer._randomness = lambda size: b"i" * size
+    commit = await round_.propose(round_.north)
+    assert len(commit.members) == 2 * 16
+    assert reasons(commit) == ["duplicate"]
+
+
+async def test_counts_that_would_not_fit_are_refused_and_sums_of_large_ones_cut(round_: Open) -> None:
+    for claim in (2**64 - 1, -1):
+        impossible = round_.proposal(round_.north, declined={"busy": claim})
+        await round_.refused(round_.north, Verb.PROPOSE, impossible, RejectReason.OUT_OF_RANGE)
+    for gateway in (round_.north, round_.south):
+        large = round_.proposal(gateway, declined={"busy": limits.MAX_TALLY})
+        await round_.world.deliver(gateway.name, Verb.PROPOSE, large)
+    for gateway in (round_.north, round_.south):
+        await round_.world.deliver(gateway.name, Verb.REVEAL, round_.reveal(gateway))
+    assert round_.world.end().version == 2
+    assert round_.world.store.rounds(limit=2)[-1].report["declined"] == {"busy": limits.MAX_TALLY}
+
+
+async def test_gateways_that_count_too_many_devices_do_not_stop_the_status(round_: Open) -> None:
+    for gateway in (round_.north, round_.south):
+        impossible = gateway.census(ready=2**63, answered=2**63, round=1)
+        await round_.world.hear(gateway.name, Verb.CENSUS, impossible)
+        large = gateway.census(ready=limits.MAX_TALLY, answered=limits.MAX_TALLY, round=1)
+        await round_.world.hear(gateway.name, Verb.CENSUS, large)
+    await round_.world.pass_time(1_000)
+    assert round_.world.coordinator.rejected.snapshot() == {"out_of_range": 2}
+    assert round_.world.coordinator.status().accepted == limits.MAX_TALLY
