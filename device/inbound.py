@@ -76,15 +76,23 @@ class Inbound:
                 return self._receipt(payload, now)
         return None
 
-    def revocations(self, payload: bytes, now: int, *, keep: bool = True) -> None:
+    def revocations(self, payload: bytes, now: int) -> None:
         """Take a revocation list.
 
         Raises:
             RemoteProtocolError: it is refused, and why.
         """
         lists, _, _ = self._verifier.open(payload, Revocations, kind=MessageKind.REVOCATIONS, now=now)
-        if self._verifier.revoke(lists) and keep:
+        if self._verifier.revoke(lists):
             self._keep_revocations(payload)
+
+    def restore_revocations(self, kept: bytes, now: int) -> None:
+        """Put the list in force again that was kept last; also before the clock is right.
+
+        Raises:
+            RemoteProtocolError: it is damaged.
+        """
+        self._verifier.restore(kept, now=now)
 
     def _manifest(self, payload: bytes, now: int) -> ManifestArrived:
         manifest, _, _ = self._verifier.open(payload, Manifest, kind=MessageKind.MANIFEST, now=now)

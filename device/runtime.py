@@ -370,7 +370,7 @@ class DeviceRuntime:
         if kept is None:
             return
         try:
-            self._inbound.revocations(kept, self._clock(), keep=False)
+            self._inbound.restore_revocations(kept, self._clock())
         except RemoteProtocolError as error:
             _log.warning("the revocation list on disk is not used: %s", error)
 

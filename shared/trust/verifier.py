@@ -87,6 +87,22 @@ class Verifier:
         self._have_list = True
         return True
 
+    def restore(self, data: bytes, *, now: int) -> None:
+        """Put a list in force again that was verified when it was kept.
+
+        It is checked as of its issue: whether the clock is right yet, or the authority's certificate has expired since,
+        says nothing about those whom it revoked.
+
+        Args:
+            data: the message, as signed.
+            now: unix milliseconds; for a list that does not say when it was issued.
+
+        Raises:
+            RemoteProtocolError: it is damaged, or another fleet's.
+        """
+        issued = parse_head(data).header.issued_at
+        self.revoke(self.open(data, Revocations, kind=MessageKind.REVOCATIONS, now=issued or now)[0])
+
     def certificate(self, encoded: bytes, *, now: int) -> Certificate:
         """Verify a certificate: authority, fleet, time, revocation.
 

@@ -24,6 +24,7 @@ from fleetfed.shared.wire.messages import (
     Presence,
     Quantization,
     Receipt,
+    Revocations,
     RoundEnd,
 )
 
@@ -132,3 +133,17 @@ def test_bytes_are_an_event_or_a_refusal(data: Any, topic: str) -> None:
     except RemoteProtocolError:
         return
     assert event is None or isinstance(event, e.NodeBorn)
+
+
+def test_a_kept_revocation_list_is_in_force_before_the_clock_is_right() -> None:
+    authority = signer_of(AUTHORITY.member(Role.AUTHORITY, "authority", "_"))
+    body = Revocations(version=1, serials=(COORDINATOR.certificate.serial,))
+    kept: list[bytes] = []
+    before = Inbound(DEVICE.verifier(), DEVICE.certificate, keep_revocations=kept.append)
+    before.event(f"{ROOT}/b/revoked", authority.sign(MessageKind.REVOCATIONS, body, now=NOW).encode(), NOW)
+    after = Inbound(DEVICE.verifier(), DEVICE.certificate, keep_revocations=kept.append)
+    after.restore_revocations(kept[0], now=0)
+    with pytest.raises(RemoteProtocolError) as caught:
+        after.event(f"{ROOT}/b/plan", plan_message(), NOW)
+    assert caught.value.reason is RejectReason.REVOKED
+    assert len(kept) == 1
