@@ -19,7 +19,7 @@ from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.chunks import Assembler, parse_chunk
 from fleetfed.shared.wire.envelope import Digest, Head, MessageKind, open_body, parse_head
-from fleetfed.shared.wire.messages import Census, Need, Presence, Proposal, Reveal
+from fleetfed.shared.wire.messages import Census, Need, Presence, Proposal, Reveal, max_proposal
 from fleetfed.shared.wire.topics import CLOUD_SITE, Direction, Kind, MemberTopic, Verb, parse
 
 _log = logging.getLogger(__name__)
@@ -147,10 +147,10 @@ class Inbox:
         coordinator = self._coordinator
         coordinator.verifier.head(head, kind=_KINDS[verb], now=coordinator.clock(), sender=gateway)
         current = self._open(head)
-        if verb is Verb.REVEAL:
-            most = max_words_body(current.ring, current.plan.quorum.cohort_cap) + _REVEAL_OVERHEAD
-            if head.header.raw_size > most:
-                raise RemoteProtocolError(RejectReason.TOO_LARGE, f"{head.header.raw_size} bytes, at most {most}")
+        cap = current.plan.quorum.cohort_cap
+        most = max_words_body(current.ring, cap) + _REVEAL_OVERHEAD if verb is Verb.REVEAL else max_proposal(cap)
+        if head.header.raw_size > most:
+            raise RemoteProtocolError(RejectReason.TOO_LARGE, f"{head.header.raw_size} bytes, at most {most}")
 
     def _open(self, head: Head) -> PlanInForce:
         """The plan of the open round, which the message must belong to."""

@@ -34,6 +34,7 @@ from fleetfed.shared.wire.messages import (
     Receipt,
     Revocations,
     RoundEnd,
+    max_proposal,
 )
 from fleetfed.shared.wire.topics import (
     CLOUD_SITE,
@@ -149,10 +150,7 @@ class Inbound:
             return b""
         raw = path.read_bytes()
         try:
-            # Verified as of its issue: an authority whose certificate has expired since still revoked these.
-            now = parse_head(raw).header.issued_at or self._clock()
-            revocations, _, _ = self._verifier.open(raw, Revocations, kind=MessageKind.REVOCATIONS, now=now)
-            self._verifier.revoke(revocations)
+            self._verifier.restore(raw, now=self._clock())
         except RemoteProtocolError as error:
             _log.warning("%s is of no use: %s", path, error)
             return b""
@@ -197,10 +195,13 @@ class Inbound:
         if rnd is None or header.round != rnd.record.plan.round:
             late = header.round == self._machine.previous.round
             raise RemoteProtocolError(RejectReason.LATE if late else RejectReason.WRONG_ROUND, str(header.round))
-        if header.kind is MessageKind.REVEAL:
-            limit = max_words_body(rnd.ring, rnd.ring.capacity) + _HEAD_ROOM
-            if max(header.body_size, header.raw_size) > limit:
-                raise RemoteProtocolError(RejectReason.TOO_LARGE, f"{header.raw_size} bytes, limit {limit}")
+        limit = (
+            max_words_body(rnd.ring, rnd.ring.capacity) + _HEAD_ROOM
+            if header.kind is MessageKind.REVEAL
+            else max_proposal(rnd.record.plan.quorum.cohort_cap)
+        )
+        if max(header.body_size, header.raw_size) > limit:
+            raise RemoteProtocolError(RejectReason.TOO_LARGE, f"{header.raw_size} bytes, limit {limit}")
         return True
 
     def _chunk(

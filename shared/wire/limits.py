@@ -38,6 +38,9 @@ MAX_PARTIAL: Final = 512 * MIB
 MAX_PROPOSAL: Final = 64 * MIB
 """Compressed bytes of one proposal: about 100,000 contributors."""
 
+MAX_HEAD: Final = 4096
+"""Bytes of one head in a proposal."""
+
 MAX_COHORT: Final = 100_000
 """Contributors to one round at one gateway."""
 

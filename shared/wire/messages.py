@@ -285,9 +285,14 @@ class Proposal:
     """What a gateway's subtree holds for a round: the signed heads of all accepted updates, without bodies."""
 
     plan: Bytes32
-    heads: Annotated[tuple[Annotated[bytes, Length(1, 4096)], ...], Length(0, limits.MAX_COHORT)]
+    heads: Annotated[tuple[Annotated[bytes, Length(1, limits.MAX_HEAD)], ...], Length(0, limits.MAX_COHORT)]
     declined: Annotated[dict[Label, Tally], Length(0, 64)] = field(default_factory=dict)
     rejected: Annotated[dict[Label, Tally], Length(0, 64)] = field(default_factory=dict)
+
+
+def max_proposal(cohort_cap: int) -> int:
+    """Bytes of a decompressed proposal of so many heads, at most."""
+    return cohort_cap * (limits.MAX_HEAD + 3) + limits.MAX_SMALL_MESSAGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

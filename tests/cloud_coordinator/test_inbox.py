@@ -380,3 +380,9 @@ async def test_gateways_that_count_too_many_devices_do_not_stop_the_status(round
     await round_.world.pass_time(1_000)
     assert round_.world.coordinator.rejected.snapshot() == {"out_of_range": 2}
     assert round_.world.coordinator.status().accepted == limits.MAX_TALLY
+
+
+async def test_a_proposal_that_decompresses_to_more_than_its_cohort_can_need_is_refused(round_: Open) -> None:
+    bomb = round_.north.signer.sign(MessageKind.PROPOSE, bytes(10_000_000), now=round_.plan.opened, round=1)
+    assert len(bomb.body) < 10_000
+    await round_.refused(round_.north, Verb.PROPOSE, bomb, RejectReason.TOO_LARGE)

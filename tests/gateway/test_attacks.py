@@ -462,3 +462,11 @@ async def test_another_devices_message_id(scene: Scene) -> None:
     bench.update(DEVICE, bench.fleet.update(DEVICE, scene.plan, scene.hash, number=1))
     await scene.refused(RejectReason.CONFLICT)
     bench.machine.validate()
+
+
+async def test_a_proposal_that_decompresses_to_more_than_its_cohort_can_need(scene: Scene) -> None:
+    signer = scene.bench.fleet.signer("g-below", Role.GATEWAY, "below")
+    bomb = signer.sign(MessageKind.PROPOSE, bytes(10_000_000), now=scene.bench.fleet.now, round=1)
+    scene.bench.say(Kind.GATEWAY, "g-below", Verb.PROPOSE, bomb)
+    await scene.bench.quiet()
+    assert [answer.reason for answer in scene.bench.receipts("g-below", Kind.GATEWAY)] == [RejectReason.TOO_LARGE]
