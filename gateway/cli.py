@@ -15,6 +15,7 @@ from typing import Any, Final
 from fleetfed.gateway.config import GatewayConfig, load
 from fleetfed.gateway.status import read_status
 from fleetfed.shared.errors import ConfigError, StorageError
+from fleetfed.shared.files import locked
 from fleetfed.shared.telemetry import LEVELS, configure_logging
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
@@ -44,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "status":
             return _status(config, as_json=arguments.json)
         configure_logging("gateway", arguments.log_level or config.log_level)
-        return asyncio.run(_run(config))
+        # Two processes with one journal and one sequence would promise in each other's name.
+        with locked(config.state):
+            return asyncio.run(_run(config))
     except ConfigError as error:
         print(f"fleetfed-gateway: {error}", file=sys.stderr)
         return BAD_CONFIG
@@ -101,6 +104,9 @@ async def _run(config: GatewayConfig) -> int:
         raise _first(group) from None
     except* StorageError as group:
         raise _first(group) from None
+    except* OSError as group:
+        # Connections handle their own: what is left is a disk that is full or broken under a chunk or a small file.
+        raise StorageError(f"{config.state}: {_first(group)}") from None
     return OK
 
 

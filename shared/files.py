@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from fleetfed.shared.errors import ConfigError
 
 
 def write_atomic(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> None:
@@ -28,6 +33,28 @@ def write_atomic(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> 
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other processes from a state folder, which is made where it is missing; a crash frees it too.
+
+    Raises:
+        ConfigError: another process uses it, or it cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise ConfigError(f"state folder {directory}: {error.strerror}; it must be writable") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"state folder {directory} is in use by another process; stop that one first") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_directory(directory: Path) -> None:

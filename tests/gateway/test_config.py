@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from fleetfed_testing.signed_fleet import SignedFleet
 
 from fleetfed.gateway import cli
 from fleetfed.gateway.config import load
+from fleetfed.gateway.runtime import Gateway
 from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.files import locked
 from fleetfed.shared.trust.certificates import Role
 
 SHORT = 'identity = "identity"\nstate = "state"\n[broker]\nhost = "127.0.0.1"\nport = 1\ntls = false\n'
@@ -116,3 +119,23 @@ def test_a_gateway_imports_nothing_of_other_roles() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_two_processes_cannot_use_one_state_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(tmp_path, SHORT)
+    with locked(tmp_path / "state"):
+        assert cli.main(["run", "--config", str(config)]) == cli.BAD_CONFIG
+    assert "in use by another process" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named_wherever_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    SignedFleet().identity("g-north", Role.GATEWAY, "north").save(tmp_path / "identity")
+
+    async def full(_self: Gateway) -> None:
+        raise ExceptionGroup("gateway", [OSError(errno.ENOSPC, "No space left on device")])
+
+    monkeypatch.setattr(Gateway, "run", full)
+    assert cli.main(["run", "--config", str(write(tmp_path, SHORT))]) == cli.BAD_STORAGE
+    assert "No space left on device" in capsys.readouterr().err
