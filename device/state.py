@@ -60,6 +60,9 @@ from fleetfed.shared.wire.selection import selected
 FIRST_RESEND: Final = 5_000
 """Milliseconds without a receipt until the first repetition; it doubles after each."""
 LONGEST_RESEND: Final = 300_000
+SLOW_CLOCK: Final = 300_000
+"""Milliseconds by which our clock may be behind the coordinator's: a plan that begins so soon has begun. Whoever waited
+for the own clock would hold up every round by what it is slow."""
 
 
 class DeviceState(StrEnum):
@@ -197,7 +200,7 @@ class DeviceMachine(Machine[DeviceState]):
         plan = self._plan
         if self.state is DeviceState.WAITING and plan is not None:
             ready = self.sync.holds(plan.model_version, plan.model_sha256) is not None
-            times.append(plan.opened if ready else plan.deadline)
+            times.append(plan.opened - SLOW_CLOCK if ready else plan.deadline)
         elif self.state is DeviceState.TRAINING and plan is not None:
             times.append(plan.deadline)
         elif self.state is DeviceState.SENDING and self.answer is not None:
@@ -309,7 +312,7 @@ class DeviceMachine(Machine[DeviceState]):
         assert plan is not None
         if now >= plan.deadline:
             return self._drop_plan("missed")
-        if now < plan.opened or self._storing:
+        if now < plan.opened - SLOW_CLOCK or self._storing:
             return []
         model = self.sync.holds(plan.model_version, plan.model_sha256)
         if model is None:

@@ -66,7 +66,9 @@ class Finished:
 
 
 class Worker:
-    """Runs one job at a time; a later job waits until the one before it noticed that it was cancelled.
+    """Runs one job at a time; the latest one waits until the one before it noticed that it was cancelled.
+
+    A trainer that never notices (a sensor that does not answer) holds up one thread, however many rounds pass.
 
     Args:
         trainer: what trains.
@@ -78,16 +80,18 @@ class Worker:
         self._done = done
         self._thread: threading.Thread | None = None
         self._cancel = threading.Event()
+        self._guard = threading.Lock()
+        self._next: tuple[Job, threading.Event] | None = None
 
     def start(self, job: Job) -> None:
         """Begin a job; the one before it is cancelled."""
         self.cancel()
         self._cancel = threading.Event()
-        name = f"train-{job.plan.round}"
-        self._thread = threading.Thread(
-            target=self._run, args=(job, self._cancel, self._thread), name=name, daemon=True
-        )
-        self._thread.start()
+        with self._guard:
+            self._next = (job, self._cancel)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="training", daemon=True)
+                self._thread.start()
 
     def cancel(self) -> None:
         """Ask the job to give up."""
@@ -95,15 +99,26 @@ class Worker:
 
     def join(self, timeout: float) -> None:
         """Wait until no job runs, for at most so many seconds."""
-        if self._thread is not None:
-            self._thread.join(timeout)
+        with self._guard:
+            thread = self._thread
+        if thread is not None:
+            thread.join(timeout)
 
-    def _run(self, job: Job, cancel: threading.Event, before: threading.Thread | None) -> None:
-        if before is not None:
-            before.join()
-        finished = self._attempt(job, cancel)
-        if not cancel.is_set():
-            self._done(finished)
+    def _run(self) -> None:
+        while True:
+            with self._guard:
+                if self._next is None:
+                    self._thread = None
+                    return
+                job, cancel = self._next
+                self._next = None
+            if cancel.is_set():
+                continue
+            finished = self._attempt(job, cancel)
+            if not cancel.is_set():
+                self._done(finished)
+            # What a job leaves is large, and this thread may wait for long.
+            del job, finished
 
     def _attempt(self, job: Job, cancel: threading.Event) -> Finished:
         try:

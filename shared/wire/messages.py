@@ -204,7 +204,7 @@ class Plan:
         model_version, model_sha256: what devices start from.
         dimension: trainable values in the model.
         tiers: gateways between a device and the coordinator, at most.
-        opened: when devices may begin.
+        opened: when devices may begin; one whose clock may be slow takes up to five minutes ahead for begun.
         deadline: when leaf gateways close.
         expires: when the coordinator closes; gateways above the leaves close in between.
         nonce: random; makes each round's selection its own.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fleetfed.device import events as e
 from fleetfed.device.events import Answer, AnswerKind, Fate, HeldModel
-from fleetfed.device.state import FIRST_RESEND, LONGEST_RESEND, DeviceMachine, DeviceState, Facts
+from fleetfed.device.state import FIRST_RESEND, LONGEST_RESEND, SLOW_CLOCK, DeviceMachine, DeviceState, Facts
 from fleetfed.shared.errors import IllegalTransitionError, RejectReason
 from fleetfed.shared.machine import TimerFired
 from fleetfed.shared.wire.blobs import Publishable, publishable
@@ -245,10 +245,14 @@ def test_training_that_fails_is_declined(ready: Driver) -> None:
 
 
 def test_a_plan_that_has_not_begun_waits(ready: Driver) -> None:
-    assert ready.plan(opened=5000) == []
+    assert ready.plan(opened=SLOW_CLOCK + 5000, deadline=SLOW_CLOCK + 9000, expires=SLOW_CLOCK + 9999) == []
     assert ready.state is DeviceState.WAITING
     assert ready.machine.next_deadline() == 5000
     assert kinds(ready(TimerFired(), now=5000)) == ["Train"]
+
+
+def test_a_device_whose_clock_is_slow_does_not_hold_up_the_round(ready: Driver) -> None:
+    assert kinds(ready.plan(opened=ready.now + 120_000, deadline=ready.now + 180_000)) == ["Train"]
 
 
 def test_the_deadline_stops_training(ready: Driver) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,26 @@ def test_a_cancelled_job_says_nothing() -> None:
     running.join(10)
     assert done[-1].plan_hash == b"2" * 32
     assert len(done) <= 2
+
+
+def test_a_trainer_that_never_returns_holds_up_one_thread_and_then_the_latest_round_trains() -> None:
+    done: list[Finished] = []
+    release, begun = threading.Event(), []
+
+    class Stuck(Fixed):
+        def train(self, task: Task) -> Trained:
+            begun.append(task)
+            release.wait(30)
+            return super().train(task)
+
+    running, threads = Worker(Stuck(trained()), done.append), threading.active_count()
+    for number in range(1, 8):
+        running.start(job(plan=plan(round=number), plan_hash=Digest(bytes([number]) * 32)))
+    assert threading.active_count() == threads + 1
+    release.set()
+    running.join(10)
+    assert [finished.plan_hash for finished in done] == [b"\x07" * 32]
+    assert len(begun) <= 2
 
 
 # --- Updates ----------------------------------------------------------------------------------------------------------
