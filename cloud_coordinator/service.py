@@ -110,6 +110,7 @@ class Coordinator:
         self._broken = False
         self._step_due: int | None = None
         self._status_due: int | None = None
+        self._timed = 0
         self._proposal = b""
         self._partial: tuple[bytes, Partial] | None = None
         self._sum: Accumulator | None = None
@@ -146,8 +147,7 @@ class Coordinator:
 
     def next_deadline(self) -> int | None:
         """When to call `timer`, in unix milliseconds."""
-        times = [at for at in (self.machine.next_deadline(), self._status_due) if at is not None]
-        return min(times, default=None)
+        return min((at for at in (self.machine.next_deadline(), self._status_due) if at is not None), default=None)
 
     def timer(self) -> None:
         """The time that `next_deadline` named has come."""
@@ -155,7 +155,8 @@ class Coordinator:
         deadline = self.machine.next_deadline()
         if self._status_due is not None and now >= self._status_due:
             self.publish_status()
-        if deadline is not None and now >= deadline:
+        put_back, self._timed = now < self._timed, now
+        if deadline is not None and (now >= deadline or put_back):
             self.handle(TimerFired())
 
     def handle(self, *events: object) -> None:
@@ -540,8 +541,7 @@ class Coordinator:
     def publish_status(self) -> None:
         """Publish what the coordinator is doing, retained."""
         self._status_due = None
-        now = self.clock()
-        signed = self.sign(MessageKind.STATUS, self.status(), now=now)
+        signed = self.sign(MessageKind.STATUS, self.status(), now=self.clock())
         self.send(Outgoing(topic=self.topics.broadcast(Broadcast.STATUS), payload=signed.encode(), retain=True))
 
     def status(self) -> Status:

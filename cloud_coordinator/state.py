@@ -135,6 +135,7 @@ class CoordinatorMachine(Machine[State]):
         self._has_model = has_model
         self._accuracy = accuracy
         self._not_before = 0
+        self._waits_since = 0
         self._failures = 0
         self._met: frozenset[str] = frozenset()
         if round_ is None:
@@ -181,18 +182,24 @@ class CoordinatorMachine(Machine[State]):
         """Go to the state between rounds, and on to the next round if all is ready."""
         self.round = None
         self.state = self._resting()
+        self._heed_clock(now)
         if self.state is not State.WAITING or now < self._not_before or not self._fleet_is_ready():
             return [PublishStatus()]
         self.state = State.OPENING
         self.last_round += 1
         return [OpenRound(number=self.last_round, settings=self.run.settings, awaited=self.fleet.gateways)]
 
+    def _heed_clock(self, now: int) -> None:
+        """If the clock was put back, wait as long as was meant, and not until that time comes again."""
+        if now < self._waits_since:
+            self._not_before, self._waits_since = now + self._not_before - self._waits_since, now
+
     def _rest_later(self, now: int) -> list[Instruction]:
         """As `_rest`, after an interval."""
         wait = round(self.run.settings.interval * 1000)
         if self._failures:
             wait = max(wait, min(_RETRY_FIRST << min(self._failures - 1, 10), _RETRY_MOST))
-        self._not_before = now + wait
+        self._not_before, self._waits_since = now + wait, now
         return self._rest(now)
 
     def _close_if_complete(self, now: int) -> list[Instruction]:
@@ -237,9 +244,10 @@ class CoordinatorMachine(Machine[State]):
 
     def _meet(self, event: FleetChanged, now: int) -> None:
         self.fleet = event
+        self._heed_clock(now)
         if not event.gateways <= self._met:
             self._met |= event.gateways
-            self._not_before = max(self._not_before, now + _SETTLE)
+            self._not_before, self._waits_since = max(self._not_before, now + _SETTLE), now
 
     def _fleet_changed(self, event: FleetChanged, now: int) -> list[Instruction]:
         self._meet(event, now)

@@ -209,6 +209,19 @@ def test_training_is_finished_when_a_goal_is_reached(
         assert driver.machine.state is State.COLLECTING
 
 
+@pytest.mark.parametrize("newcomer", [False, True])
+def test_a_clock_that_is_put_back_does_not_put_off_the_next_round(newcomer: bool) -> None:
+    waiting = machine(interval=60.0)
+    waiting.handle(fleet("g1"), 1_000_000_000)
+    waiting.handle(TimerFired(), 1_000_000_250)
+    waiting.handle(ev.RoundOpened(plan=PLAN, expires=1_000_900_000), 1_000_000_250)
+    waiting.handle(ev.AbortRequested("test"), 1_000_001_000)
+    waiting.handle(ev.ResumeRequested(), 1_000_001_000)
+    assert waiting.next_deadline() == 1_000_061_000
+    waiting.handle(fleet("g1", "g2") if newcomer else TimerFired(), 5_000)
+    assert waiting.next_deadline() == 65_000
+
+
 def test_a_step_that_fails_pauses() -> None:
     driver = Driver(machine())
     driver.open("a")
