@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import random
-import resource
 import secrets
 import signal
 from collections import deque
-from pathlib import Path
 from typing import Any, Final
 
 from fleetfed.cloud_coordinator.blobstore import BlobStore
@@ -28,12 +25,13 @@ from fleetfed.cloud_coordinator.publish import Outgoing
 from fleetfed.cloud_coordinator.service import Coordinator
 from fleetfed.cloud_coordinator.store import Store
 from fleetfed.shared.clock import unix_ms
-from fleetfed.shared.errors import ConfigError, StorageError
-from fleetfed.shared.files import write_atomic
+from fleetfed.shared.errors import StorageError
+from fleetfed.shared.files import locked, write_atomic
 from fleetfed.shared.mqtt.config import Will
 from fleetfed.shared.mqtt.errors import PublishRefusedError, SessionLostError
 from fleetfed.shared.mqtt.meter import ByteMeter
 from fleetfed.shared.mqtt.session import Session
+from fleetfed.shared.telemetry import peak_mb
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.sequence import SequenceFile
@@ -137,12 +135,7 @@ class Runtime:
         self._session_number = secrets.randbits(63)
         self._changed = asyncio.Event()
         self._meter = ByteMeter()
-        self._lock = _lock(config.state)
-        try:
-            self._open(config)
-        except BaseException:
-            os.close(self._lock)
-            raise
+        self._open(config)
 
     def _open(self, config: CoordinatorConfig) -> None:
         blobs = BlobStore(config.state / "blobs")
@@ -203,7 +196,6 @@ class Runtime:
             await self._coordinator.stop()
             write_atomic(self._config.state / "status.json", self._status())
             self._store.close()
-            os.close(self._lock)
 
     async def _farewell(self) -> None:
         await self._coordinator.stop()
@@ -262,7 +254,7 @@ class Runtime:
             "state": coordinator.machine.state.value,
             "round": coordinator.machine.last_round,
             "wire": {"sent": wire.sent, "received": wire.received},
-            "rss_mb_max": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "rss_mb_max": round(peak_mb(), 1),
             "rejected": coordinator.rejected.snapshot(),
         }
         return json.dumps(facts, indent=1).encode()
@@ -279,7 +271,11 @@ async def run_coordinator(config: CoordinatorConfig, *, stop: asyncio.Event | No
         ConfigError: a setting, the identity, the model or the validation set cannot be used (exit code 2).
         StorageError: durable state is damaged, or cannot be written (exit code 3).
     """
-    runtime = Runtime(config)
+    with locked(config.state):
+        return await _run(Runtime(config), stop)
+
+
+async def _run(runtime: Runtime, stop: asyncio.Event | None) -> int:
     loop = asyncio.get_running_loop()
     ours = stop is None
     if stop is None:
@@ -295,21 +291,6 @@ async def run_coordinator(config: CoordinatorConfig, *, stop: asyncio.Event | No
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
     return 0
-
-
-def _lock(folder: Path) -> int:
-    """Keep other processes from the state folder until the descriptor is closed; a crash closes it too."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise ConfigError(f"state folder {folder}: {error.strerror}; it must be writable") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise ConfigError(f"state folder {folder} is in use by another coordinator; stop that one first") from error
-    return descriptor
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

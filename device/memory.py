@@ -94,21 +94,3 @@ def _without_own_pages(smaps: str) -> Iterator[str]:
             mapping = line
         elif key == "Anonymous:" and int(value.split()[0]) == 0 and _is_code_or_file(mapping):
             yield mapping
-
-
-def peak_mb() -> float:
-    """Most memory that this program ever held resident, in MB (10**6 bytes).
-
-    Not ``ru_maxrss``: that one begins with the size of the process that started us.
-    """
-    try:
-        with Path("/proc/self/status").open() as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024 / 1e6
-    except OSError:
-        pass
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6

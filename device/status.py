@@ -8,11 +8,10 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Final
 
-from fleetfed.device import memory
 from fleetfed.device.events import HeldModel
 from fleetfed.device.worker import Summary
 from fleetfed.shared.mqtt.meter import ByteCount
-from fleetfed.shared.telemetry import Counters
+from fleetfed.shared.telemetry import Counters, peak_mb
 
 _MOST_ROUNDS: Final = 1000
 _MOST_BYTES: Final = 4 << 20
@@ -82,7 +81,7 @@ class StatusFile:
             "model_version": model.version if model else 0,
             "model_sha256": model.sha256.hex() if model else "",
             "wire": {"sent": total.sent, "received": total.received},
-            "rss_mb_max": round(memory.peak_mb(), 1),
+            "rss_mb_max": round(peak_mb(), 1),
             "rejected": self._rejected.snapshot(),
             "refused_by_broker": refused_by_broker,
             "rounds": list(self._rounds.values()),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +12,7 @@ from typing import Any, Final
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.files import write_atomic
 from fleetfed.shared.mqtt.meter import ByteCount
+from fleetfed.shared.telemetry import peak_mb
 
 FILE: Final = "status.json"
 
@@ -66,7 +65,7 @@ class Status:
             "wire_site": site,
             "wire_upstream": upstream,
             "wire": _bytes(total),
-            "rss_mb_max": round(_rss_mb(), 1),
+            "rss_mb_max": round(peak_mb(), 1),
         }
 
 
@@ -96,9 +95,3 @@ def read_status(directory: Path) -> dict[str, Any]:
 
 def _bytes(count: ByteCount) -> dict[str, int]:
     return {"sent": count.sent, "received": count.received}
-
-
-def _rss_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Kilobytes on Linux, bytes on macOS.
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)

@@ -1,10 +1,12 @@
-"""Logging to stderr, one line per event, and counters whose labels are bounded."""
+"""What a program tells of itself: one log line per event, counters whose labels are bounded, its memory."""
 
 from __future__ import annotations
 
 import logging
+import resource
 import sys
 import threading
+from pathlib import Path
 from typing import Final
 
 LEVELS: Final = ("debug", "info", "warning", "error")
@@ -48,3 +50,19 @@ class Counters:
         """The counts so far, by label in order."""
         with self._lock:
             return dict(sorted(self._counts.items()))
+
+
+def peak_mb() -> float:
+    """Most memory that this program ever held resident, in MB (10**6 bytes).
+
+    Not ``ru_maxrss``: that one begins with the size of the process that started us.
+    """
+    try:
+        with Path("/proc/self/status").open() as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024 / 1e6
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6

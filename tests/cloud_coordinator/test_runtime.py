@@ -232,7 +232,7 @@ async def test_one_state_folder_serves_one_coordinator(tmp_path: Path, embedded_
     config = config_of(tmp_path, embedded_broker(tls=False), Fleet())
     async with running(config):
         await eventually((config.state / "coordinator.db").exists)
-        with pytest.raises(ConfigError, match="in use by another coordinator"):
+        with pytest.raises(ConfigError, match="in use by another process"):
             await run_coordinator(config, stop=asyncio.Event())
     async with running(config):
         pass
