@@ -165,7 +165,8 @@ class GatewayMachine(Machine[GatewayState]):
 
     def next_deadline(self) -> int | None:
         """The earlier of the round's and the census's."""
-        times = [self.round.next_deadline() if self.round else None, self._census_due]
+        # Without a connection there is nobody to tell: a census that is due would be due for ever.
+        times = [self.round.next_deadline() if self.round else None, self._census_due if self._connected else None]
         return min((time for time in times if time is not None), default=None)
 
     def validate(self) -> None:
