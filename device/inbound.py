@@ -56,7 +56,7 @@ class Inbound:
         if where.site != self._own.site:
             raise RemoteProtocolError(RejectReason.WRONG_SITE, topic)
         # An empty payload clears a retained message.
-        if not payload:
+        if not payload and not isinstance(where, BlobTopic):
             return None
         if len(payload) > limits.MAX_PACKET:
             raise RemoteProtocolError(RejectReason.TOO_LARGE, f"{len(payload)} bytes on {topic}")

@@ -205,6 +205,9 @@ class ModelSync:
         """A chunk came in."""
         download = self._download
         if download is None or download.ref.digest[: len(digest)] != digest:
+            # A process before us subscribed to it and died; the broker remembers.
+            return [UnsubscribeChunk(digest, index)]
+        if not data:
             return []
         try:
             out = self._translate(download.chunk(index, data, now))

@@ -161,7 +161,11 @@ class Relay:
             RemoteProtocolError: `BODY_MISMATCH`.
         """
         download = self._downloads.get(topic.digest)
-        if download is None or not payload:
+        if download is None:
+            # A process before us subscribed to it and died; the broker remembers.
+            self._spawn(self._above.unsubscribe([self._upstream.blob(topic.digest, topic.index)]))
+            return
+        if not payload:
             return
         self._perform(topic.digest, download, download.chunk(topic.index, payload, unix_ms()))
         if download.complete:
