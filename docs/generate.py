@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import enum
 import inspect
 import re
 import sys
@@ -16,8 +17,12 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
+from fleetfed.broker.config import BrokerConfig
+from fleetfed.cloud_coordinator.config import CoordinatorConfig
 from fleetfed.cloud_coordinator.state import CoordinatorMachine
+from fleetfed.device.config import DeviceConfig
 from fleetfed.device.state import DeviceMachine
+from fleetfed.gateway.config import GatewayConfig
 from fleetfed.gateway.state import GatewayMachine
 from fleetfed.shared import errors
 from fleetfed.shared.errors import RejectReason
@@ -129,7 +134,48 @@ def _diagram(machine: type[Machine[typing.Any]]) -> Callable[[], str]:
     return lambda: f"```mermaid\n{machine.diagram()}\n```"
 
 
+def _attribute_docs(cls: type) -> dict[str, str]:
+    """The ``Attributes:`` of a dataclass and of those that it extends; a shared line counts for each name in it."""
+    found: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        _, _, block = (inspect.cleandoc(each.__dict__.get("__doc__") or "")).partition("Attributes:\n")
+        for entry in re.split(r"\n(?=    \S)", block.split("\n\n")[0].strip("\n")):
+            names, _, text = entry.strip().partition(": ")
+            for name in names.split(","):
+                found[name.strip()] = " ".join(text.split())
+    return found
+
+
+def _settings(cls: type, prefix: str = "") -> list[tuple[str, ...]]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    notes = _attribute_docs(cls)
+    rows: list[tuple[str, ...]] = []
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        inner = next((a for a in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(a)), None)
+        if isinstance(inner, type):
+            rows += _settings(inner, f"{prefix}{field.name}.")
+            continue
+        default = "required" if field.default is dataclasses.MISSING else f"`{_shown(field.default)}`"
+        if field.default_factory is not dataclasses.MISSING:
+            default = f"`{_shown(field.default_factory())}`"
+        rows.append((f"`{prefix}{field.name}`", _hint(hint).replace("|", "or"), default, notes.get(field.name, "")))
+    return rows
+
+
+def _shown(value: object) -> str:
+    return str(value.value) if isinstance(value, enum.Enum) else "none" if value is None else str(value) or '""'
+
+
+def _settings_table(cls: type) -> Callable[[], str]:
+    return lambda: table(("setting", "type", "default", ""), _settings(cls))
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "settings-device": _settings_table(DeviceConfig),
+    "settings-gateway": _settings_table(GatewayConfig),
+    "settings-coordinator": _settings_table(CoordinatorConfig),
+    "settings-broker": _settings_table(BrokerConfig),
     "topics": topic_tables,
     "kinds": kind_table,
     "messages": message_tables,

@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StorageError as error:
         print(f"fleetfed-gateway: {error}", file=sys.stderr)
         return BAD_STORAGE
+    except BrokenPipeError:
+        # Whoever read our output has seen enough.
+        sys.stderr.close()
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
