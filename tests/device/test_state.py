@@ -549,6 +549,11 @@ def test_a_download_goes_on_where_it_was(ready: Driver) -> None:
     assert [each.index for each in out] == list(range(2, len(FILE.ref.parts) // 16))
 
 
+@pytest.mark.parametrize("data", [b"chunk", b""])
+def test_a_subscription_of_a_process_before_us_is_ended(ready: Driver, data: bytes) -> None:
+    assert ready(e.ChunkArrived(b"\x77" * 16, 3, data)) == [e.UnsubscribeChunk(b"\x77" * 16, 3)]
+
+
 def test_chunks_are_subscribed_once_after_a_reconnect(ready: Driver) -> None:
     find = ready(e.ManifestArrived(manifest(2)))[-1]
     first = ready(e.PartsFound(find.ref.digest, ()))

@@ -129,6 +129,17 @@ def proposed(machine: RoundMachine, *devices: str, now: int = T0) -> RoundMachin
 # --- Closing ---------------------------------------------------------------------------------------------------------
 
 
+def test_without_the_tier_above_no_census_is_due() -> None:
+    machine = GatewayMachine("north", Place(gateway="g-north", direct=True))
+    machine.handle(ev.UpstreamConnected(), T0)
+    machine.handle(ev.UpstreamLost(), T0 + 1)
+    ready = ev.PresenceArrived(kind=Kind.DEVICE, member="d-1", presence=Presence(life=Life.READY, session=1))
+    machine.handle(ready, T0 + 2)
+    assert machine.next_deadline() is None, "its timer would fire for ever"
+    machine.handle(ev.UpstreamConnected(), T0 + 3)
+    assert machine.next_deadline() == T0 + 3 + CENSUS_SOON
+
+
 def test_it_closes_when_all_expected_have_answered(make: Make) -> None:
     machine = make("a", "b")
     assert kinds(machine.handle(update("a"), T0)) == ["StoreUpdate", "SendStoredReceipt"]
