@@ -32,7 +32,7 @@ from fleetfed_testing.brokers import MOSQUITTO, Embedded, FleetPki, Mosquitto
 from fleetfed_testing.lone_gateway import Authority, LoneGateway, manifest_of, plan_for, write_settings
 
 from fleetfed.cloud_coordinator import zoo
-from fleetfed.cloud_coordinator.pki import Role as TlsRole
+from fleetfed.cloud_coordinator.keys.pki import Role as TlsRole
 from fleetfed.shared.trust.certificates import Role
 
 TARGET_MB = 0.5

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from fleetfed.cloud_coordinator.control_client import ControlClient
+from fleetfed.cloud_coordinator.control.client import ControlClient
 from fleetfed.cloud_coordinator.demo import layout, topology
 from fleetfed.cloud_coordinator.demo.fleet import Fleet, stopping
 from fleetfed.cloud_coordinator.demo.layout import Folder, Settings

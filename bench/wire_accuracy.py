@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetfed.cloud_coordinator import zoo
-from fleetfed.cloud_coordinator.clips import ClipConfig, first_clips, next_clips
-from fleetfed.cloud_coordinator.optimizers import OptimizerConfig, make_optimizer
+from fleetfed.cloud_coordinator.training.clips import ClipConfig, first_clips, next_clips
+from fleetfed.cloud_coordinator.training.optimizers import OptimizerConfig, make_optimizer
 from fleetfed.shared.aggregate.accumulator import Accumulator, Ring, check_partial, decode_words, encode_words
 from fleetfed.shared.aggregate.body import decode_body, encode_body
 from fleetfed.shared.aggregate.lanes import choose_lane_bits

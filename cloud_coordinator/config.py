@@ -36,8 +36,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from fleetfed.cloud_coordinator.clips import ClipConfig
-from fleetfed.cloud_coordinator.optimizers import OptimizerConfig
+from fleetfed.cloud_coordinator.training.clips import ClipConfig
+from fleetfed.cloud_coordinator.training.optimizers import OptimizerConfig
 from fleetfed.shared import config
 from fleetfed.shared.aggregate.lanes import choose_lane_bits
 from fleetfed.shared.dataset import DataConfig

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from fleetfed.cloud_coordinator.blobstore import BlobStore
-from fleetfed.cloud_coordinator.restore import own_message
-from fleetfed.cloud_coordinator.store import Store
+from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
+from fleetfed.cloud_coordinator.storage.restore import own_message
+from fleetfed.cloud_coordinator.storage.store import Store
 from fleetfed.shared.wire.blobs import part_count, part_size
 from fleetfed.shared.wire.envelope import Digest
 from fleetfed.shared.wire.messages import BlobRef, Manifest, Need

@@ -17,13 +17,13 @@ import signal
 from collections import deque
 from typing import Any, Final
 
-from fleetfed.cloud_coordinator.blobstore import BlobStore
 from fleetfed.cloud_coordinator.config import CoordinatorConfig
-from fleetfed.cloud_coordinator.control import Control
+from fleetfed.cloud_coordinator.control.handler import Control
 from fleetfed.cloud_coordinator.inbox import Inbox
 from fleetfed.cloud_coordinator.publish import Outgoing
 from fleetfed.cloud_coordinator.service import Coordinator
-from fleetfed.cloud_coordinator.store import Store
+from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
+from fleetfed.cloud_coordinator.storage.store import Store
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import StorageError
 from fleetfed.shared.files import locked, write_atomic

@@ -19,24 +19,31 @@ from dataclasses import replace
 from typing import Final
 
 from fleetfed.cloud_coordinator import events as ev
-from fleetfed.cloud_coordinator import report
-from fleetfed.cloud_coordinator.blobstore import BlobStore
 from fleetfed.cloud_coordinator.config import CoordinatorConfig
-from fleetfed.cloud_coordinator.evaluate import Evaluator
+from fleetfed.cloud_coordinator.control import report
 from fleetfed.cloud_coordinator.fleet import Fleet
-from fleetfed.cloud_coordinator.plans import make_plan
 from fleetfed.cloud_coordinator.proposals import PlanInForce
 from fleetfed.cloud_coordinator.publish import PLAN, REVOCATIONS, Outgoing, Publisher
-from fleetfed.cloud_coordinator.records import ExchangeRecord, RoundRecord, VersionRecord
-from fleetfed.cloud_coordinator.restore import RUN, last_round, own_message, restore_machine, restore_round
 from fleetfed.cloud_coordinator.round import Round
 from fleetfed.cloud_coordinator.state import CoordinatorMachine, State
-from fleetfed.cloud_coordinator.step import StepConfig, StepError, ring_of
-from fleetfed.cloud_coordinator.store import Store
-from fleetfed.cloud_coordinator.versions import from_file, manifest_of, read_model, since_full, version_of_round
+from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
+from fleetfed.cloud_coordinator.storage.records import ExchangeRecord, RoundRecord, VersionRecord
+from fleetfed.cloud_coordinator.storage.restore import RUN, last_round, own_message, restore_machine, restore_round
+from fleetfed.cloud_coordinator.storage.store import Store
+from fleetfed.cloud_coordinator.training.evaluate import Evaluator
+from fleetfed.cloud_coordinator.training.plans import make_plan
+from fleetfed.cloud_coordinator.training.step import StepConfig, StepError, ring_of
+from fleetfed.cloud_coordinator.training.versions import (
+    Cards,
+    from_file,
+    manifest_of,
+    read_model,
+    since_full,
+    version_of_round,
+)
 from fleetfed.shared.aggregate.accumulator import Accumulator, Partial
 from fleetfed.shared.aggregate.meta import MetaSum
-from fleetfed.shared.errors import RejectReason, RemoteProtocolError, StorageError
+from fleetfed.shared.errors import RejectReason, StorageError
 from fleetfed.shared.machine import TimerFired
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.telemetry import Counters
@@ -115,7 +122,7 @@ class Coordinator:
         self._partial: tuple[bytes, Partial] | None = None
         self._sum: Accumulator | None = None
         self._step: asyncio.Task[None] | None = None
-        self._card: tuple[bytes, ModelCard] | None = None
+        self.cards = Cards(blobs)
         self._recent = store.versions(limit=_NEWEST)
         self.publisher = Publisher(self.topics, store=store, blobs=blobs, send=self.send)
         self._publish_first_model()
@@ -297,7 +304,7 @@ class Coordinator:
 
     def _open_round(self, instruction: ev.OpenRound, now: int) -> ev.RoundOpened:
         base = self._base()
-        card = self.card(base)
+        card = self.cards.of(base)
         plan = make_plan(
             instruction.settings,
             number=instruction.number,
@@ -423,7 +430,7 @@ class Coordinator:
         assert self._sum is not None
         plan, total = self.current.plan, self._sum.report()
         base = self._base()
-        card = self.card(base)
+        card = self.cards.of(base)
         since = since_full(self._recent)
         settings = StepConfig(optimizer=self.config.optimizer, clips=self.config.clips, patch=self.config.patch)
 
@@ -475,19 +482,6 @@ class Coordinator:
             signed = self.sign(MessageKind.MANIFEST, manifest, now=record.created)
             self.publisher.store_manifest(signed.encode())
 
-    def card(self, version: VersionRecord) -> ModelCard:
-        """A version's model card.
-
-        Raises:
-            StorageError: it is damaged.
-        """
-        if self._card is None or self._card[0] != version.card:
-            try:
-                self._card = (version.card, ModelCard.decode(self.blobs.get(version.card)))
-            except RemoteProtocolError as error:
-                raise StorageError(f"the stored model card is damaged: {error}") from error
-        return self._card[1]
-
     def _publish_first_model(self) -> None:
         if self.config.model is not None and self.store.newest_version() is None:
             source = read_model(self.config.model.file, self.config.model.card_file)
@@ -520,7 +514,7 @@ class Coordinator:
         if base is None:
             raise StorageError(f"round {record.number} starts from version {record.base}, which is not in the database")
         plan, head = own_message(record.plan, Plan)
-        self._enter(plan, head.hash, self.card(base))
+        self._enter(plan, head.hash, self.cards.of(base))
         assert self.current is not None
         assert self._sum is not None
         return restore_round(self.store, record, current=self.current, total=self._sum)

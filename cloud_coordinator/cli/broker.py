@@ -10,8 +10,8 @@ from fleetfed.broker.config import BrokerConfig, load_config
 from fleetfed.broker.mosquitto import find_mosquitto, probe
 from fleetfed.broker.render import Inventory, load_inventory, render
 from fleetfed.cloud_coordinator.cli import output
-from fleetfed.cloud_coordinator.inventory import inventory_of
-from fleetfed.cloud_coordinator.keyring import Keyring
+from fleetfed.cloud_coordinator.keys.inventory import inventory_of
+from fleetfed.cloud_coordinator.keys.keyring import Keyring
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.mqtt.tls import TlsFiles
 from fleetfed.shared.telemetry import configure_logging

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from fleetfed.cloud_coordinator.control_client import DEFAULT_TIMEOUT, ControlClient, OperatorConfig
+from fleetfed.cloud_coordinator.control.client import DEFAULT_TIMEOUT, ControlClient, OperatorConfig
 from fleetfed.shared.wire.messages import Command
 
 F = TypeVar("F", bound=Callable[..., Any])

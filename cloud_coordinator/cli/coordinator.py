@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from fleetfed.cloud_coordinator.cli import output
-from fleetfed.cloud_coordinator.control_errors import CommandFailedError
+from fleetfed.cloud_coordinator.control.errors import CommandFailedError
 from fleetfed.shared.telemetry import LEVELS
 
 TEMPLATE = """\

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from fleetfed.cloud_coordinator.cli import output
-from fleetfed.cloud_coordinator.keyring import CRL_DAYS, DEFAULT_DAYS, Keyring, Member, MemberRole, NewMember
-from fleetfed.cloud_coordinator.pki import Listener
+from fleetfed.cloud_coordinator.keys.keyring import CRL_DAYS, DEFAULT_DAYS, Keyring, Member, MemberRole, NewMember
+from fleetfed.cloud_coordinator.keys.pki import Listener
 from fleetfed.shared import config
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError
@@ -212,8 +212,8 @@ def _deliver(operator: Path | None, signed: bytes) -> tuple[bool, str]:
     again = "fleetfed keys revoke --config operator.toml"
     if operator is None:
         return False, f"Not sent to the coordinator: no --config was given. When it can be reached: {again}"
-    from fleetfed.cloud_coordinator.control_client import ControlClient, OperatorConfig
-    from fleetfed.cloud_coordinator.control_errors import NoAnswerError
+    from fleetfed.cloud_coordinator.control.client import ControlClient, OperatorConfig
+    from fleetfed.cloud_coordinator.control.errors import NoAnswerError
     from fleetfed.shared.wire.messages import Command
 
     async def send() -> None:

@@ -10,7 +10,7 @@ import click
 
 from fleetfed.cloud_coordinator.cli import output
 from fleetfed.cloud_coordinator.cli.control import ask, control_options
-from fleetfed.cloud_coordinator.control_errors import CommandFailedError
+from fleetfed.cloud_coordinator.control.errors import CommandFailedError
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.wire.messages import Command
 
@@ -163,8 +163,8 @@ def export(out: Path, card: bool, config: Path, timeout: float, as_json: bool) -
     """
     import asyncio
 
-    from fleetfed.cloud_coordinator.control_client import OperatorConfig
-    from fleetfed.cloud_coordinator.model_client import fetch_model
+    from fleetfed.cloud_coordinator.control.client import OperatorConfig
+    from fleetfed.cloud_coordinator.control.model_client import fetch_model
 
     card_file = out.with_suffix(".card")
     for path in (out, card_file) if card else (out,):

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from fleetfed.cloud_coordinator.control_errors import NoAnswerError, RefusedError
+from fleetfed.cloud_coordinator.control.errors import NoAnswerError, RefusedError
 from fleetfed.shared.errors import ConfigError, FleetFedError, StorageError
 
 EXIT_FAILED: Final = 1

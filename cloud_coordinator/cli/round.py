@@ -125,7 +125,7 @@ def watch(until_idle: bool, config: Path, timeout: float, as_json: bool) -> None
 
 
 def _follow(config: Path, timeout: float, until_idle: bool, show: Callable[[Status], None]) -> None:
-    from fleetfed.cloud_coordinator.control_client import ControlClient, OperatorConfig
+    from fleetfed.cloud_coordinator.control.client import ControlClient, OperatorConfig
 
     async def run() -> None:
         async with ControlClient(OperatorConfig.load(config), timeout=timeout) as client:

@@ -9,12 +9,12 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
-from fleetfed.cloud_coordinator.control_client import OperatorConfig
+from fleetfed.cloud_coordinator.control.client import OperatorConfig
 from fleetfed.cloud_coordinator.demo import layout
 from fleetfed.cloud_coordinator.demo.layout import BROKER, COORDINATOR, Folder
 from fleetfed.cloud_coordinator.demo.processes import Supervisor
 from fleetfed.cloud_coordinator.demo.topology import DevicePlace, GatewayPlace, Topology
-from fleetfed.cloud_coordinator.keyring import Keyring
+from fleetfed.cloud_coordinator.keys.keyring import Keyring
 from fleetfed.shared.mqtt.endpoint import Endpoint
 
 _READY: Final = 30.0

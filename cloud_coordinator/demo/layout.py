@@ -27,8 +27,8 @@ from typing import Any, Final, TextIO
 from fleetfed.broker.config import BrokerConfig
 from fleetfed.broker.render import render_acl
 from fleetfed.cloud_coordinator.demo.topology import DevicePlace, GatewayPlace, Topology
-from fleetfed.cloud_coordinator.inventory import inventory_of
-from fleetfed.cloud_coordinator.keyring import Keyring, MemberRole, NewMember
+from fleetfed.cloud_coordinator.keys.inventory import inventory_of
+from fleetfed.cloud_coordinator.keys.keyring import Keyring, MemberRole, NewMember
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.files import write_atomic
 

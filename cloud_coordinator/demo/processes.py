@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from fleetfed.cloud_coordinator.control_errors import CommandFailedError
+from fleetfed.cloud_coordinator.control.errors import CommandFailedError
 
 _TAIL_LINES: Final = 25
 _TAIL_BYTES: Final = 8192

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from fleetfed.cloud_coordinator import zoo
-from fleetfed.cloud_coordinator.control_client import ControlClient
-from fleetfed.cloud_coordinator.control_errors import CommandFailedError
+from fleetfed.cloud_coordinator.control.client import ControlClient
+from fleetfed.cloud_coordinator.control.errors import CommandFailedError
 from fleetfed.cloud_coordinator.demo import layout, report, sources, topology
 from fleetfed.cloud_coordinator.demo.fleet import Fleet, stopping
 from fleetfed.cloud_coordinator.demo.layout import COORDINATOR, Folder, Settings

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from fleetfed_testing.cloud import Fleet, ScriptedGateway, World
 
-from fleetfed.cloud_coordinator.blobstore import BlobStore
 from fleetfed.cloud_coordinator.config import RoundSettings, StorageConfig
-from fleetfed.cloud_coordinator.optimizers import OptimizerConfig, OptimizerName
-from fleetfed.cloud_coordinator.store import Store
+from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
+from fleetfed.cloud_coordinator.storage.store import Store
+from fleetfed.cloud_coordinator.training.optimizers import OptimizerConfig, OptimizerName
 from fleetfed.shared.trust.signer import Message
 from fleetfed.shared.wire.envelope import Digest, MessageKind, parse_head
 from fleetfed.shared.wire.topics import Broadcast, Verb

@@ -17,9 +17,9 @@ from fleetfed_testing.lone_gateway import FLEET
 from fleetfed_testing.waiting import eventually
 
 from fleetfed.cloud_coordinator.config import CoordinatorConfig, ModelConfig, RoundSettings
-from fleetfed.cloud_coordinator.pki import Role as TlsRole
+from fleetfed.cloud_coordinator.keys.pki import Role as TlsRole
 from fleetfed.cloud_coordinator.runtime import run_coordinator
-from fleetfed.cloud_coordinator.step import ring_of
+from fleetfed.cloud_coordinator.training.step import ring_of
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError, StorageError
 from fleetfed.shared.mqtt.endpoint import Endpoint

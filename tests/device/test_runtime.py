@@ -22,7 +22,7 @@ from fleetfed_testing.brokers import RunningBroker
 from fleetfed_testing.lone_gateway import Authority, LoneGateway, manifest_of, plan_for, signer_of, write_settings
 
 from fleetfed.cloud_coordinator import zoo
-from fleetfed.cloud_coordinator.pki import Role as TlsRole
+from fleetfed.cloud_coordinator.keys.pki import Role as TlsRole
 from fleetfed.device import config
 from fleetfed.device.runtime import DeviceRuntime
 from fleetfed.device.store import Store

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from fleetfed.cloud_coordinator import restore
+from fleetfed.cloud_coordinator.storage import restore
 from fleetfed.device.store import Store as DeviceStore
 from fleetfed.gateway import journal
 from fleetfed.gateway.perform import Performer

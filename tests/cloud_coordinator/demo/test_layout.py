@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fleetfed.broker.config import load_config as load_broker
 from fleetfed.cloud_coordinator.config import CoordinatorConfig
-from fleetfed.cloud_coordinator.control_client import OperatorConfig
+from fleetfed.cloud_coordinator.control.client import OperatorConfig
 from fleetfed.cloud_coordinator.demo import layout, topology
 from fleetfed.cloud_coordinator.demo.layout import Folder, Settings, toml
 from fleetfed.device.config import load as load_device

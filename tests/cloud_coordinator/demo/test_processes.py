@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetfed.cloud_coordinator.control_errors import CommandFailedError
+from fleetfed.cloud_coordinator.control.errors import CommandFailedError
 from fleetfed.cloud_coordinator.demo import processes
 from fleetfed.cloud_coordinator.demo.processes import ProcessEndedError, Supervisor
 

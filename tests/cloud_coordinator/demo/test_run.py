@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from fleetfed.cloud_coordinator.control_client import OperatorConfig
-from fleetfed.cloud_coordinator.model_client import fetch_model
+from fleetfed.cloud_coordinator.control.client import OperatorConfig
+from fleetfed.cloud_coordinator.control.model_client import fetch_model
 
 pytest.importorskip("ai_edge_litert", reason="devices train in LiteRT")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")

@@ -16,7 +16,7 @@ from fleetfed_testing.brokers import Embedded, FleetPki, Mosquitto, RunningBroke
 from fleetfed_testing.proxies import LegacyProxy, Proxy, RawBroker, publish_packet
 from fleetfed_testing.waiting import eventually
 
-from fleetfed.cloud_coordinator.pki import Role
+from fleetfed.cloud_coordinator.keys.pki import Role
 from fleetfed.shared.errors import ConfigError, LocalProtocolError
 from fleetfed.shared.mqtt.config import ConnectionConfig, Will
 from fleetfed.shared.mqtt.errors import PublishRefusedError, SessionLostError

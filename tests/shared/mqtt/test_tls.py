@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fleetfed_testing.brokers import FleetPki
 
-from fleetfed.cloud_coordinator.pki import Listener
+from fleetfed.cloud_coordinator.keys.pki import Listener
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.mqtt.tls import TlsFiles, client_context
 

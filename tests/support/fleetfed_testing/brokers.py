@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from fleetfed.cloud_coordinator.pki import Listener, Pki, Role
+from fleetfed.cloud_coordinator.keys.pki import Listener, Pki, Role
 from fleetfed.shared.mqtt.config import ConnectionConfig
 from fleetfed.shared.mqtt.tls import TlsFiles
 

@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fleetfed.cloud_coordinator.blobstore import BlobStore
 from fleetfed.cloud_coordinator.config import CoordinatorConfig, ModelConfig, RoundSettings
-from fleetfed.cloud_coordinator.control import Control
+from fleetfed.cloud_coordinator.control.handler import Control
 from fleetfed.cloud_coordinator.inbox import Inbox
 from fleetfed.cloud_coordinator.publish import Outgoing
 from fleetfed.cloud_coordinator.service import Coordinator
-from fleetfed.cloud_coordinator.step import ring_of
-from fleetfed.cloud_coordinator.store import Store
+from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
+from fleetfed.cloud_coordinator.storage.store import Store
+from fleetfed.cloud_coordinator.training.step import ring_of
 from fleetfed.shared.aggregate.accumulator import Accumulator, Ring, encode_words
 from fleetfed.shared.aggregate.body import encode_body
 from fleetfed.shared.aggregate.lanes import Values, Words

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fleetfed.cloud_coordinator.control_client import ControlClient
+from fleetfed.cloud_coordinator.control.client import ControlClient
 from fleetfed.cloud_coordinator.demo import layout, topology
 from fleetfed.cloud_coordinator.demo.fleet import Fleet
 from fleetfed.cloud_coordinator.demo.layout import BROKER, COORDINATOR, Folder, Settings
-from fleetfed.cloud_coordinator.keyring import Keyring
+from fleetfed.cloud_coordinator.keys.keyring import Keyring
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.model.table import read_weights

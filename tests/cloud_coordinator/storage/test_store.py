@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fleetfed.cloud_coordinator import tables
-from fleetfed.cloud_coordinator.blobstore import BlobStore
-from fleetfed.cloud_coordinator.clips import ClipState
 from fleetfed.cloud_coordinator.events import Member
-from fleetfed.cloud_coordinator.records import ExchangeRecord, Origin, RoundRecord, VersionRecord
-from fleetfed.cloud_coordinator.store import Store
+from fleetfed.cloud_coordinator.storage import tables
+from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
+from fleetfed.cloud_coordinator.storage.records import ExchangeRecord, Origin, RoundRecord, VersionRecord
+from fleetfed.cloud_coordinator.storage.store import Store
+from fleetfed.cloud_coordinator.training.clips import ClipState
 from fleetfed.shared.errors import ConfigError, StorageError
 from fleetfed.shared.wire.blobs import publishable
 from fleetfed.shared.wire.envelope import Digest, MessageId

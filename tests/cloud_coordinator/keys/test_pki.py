@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fleetfed.cloud_coordinator.pki import Listener, Pki, Role
+from fleetfed.cloud_coordinator.keys.pki import Listener, Pki, Role
 from fleetfed.shared.errors import ConfigError, LocalProtocolError, StorageError
 from fleetfed.shared.mqtt.tls import TlsFiles, client_context
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from fleetfed.cloud_coordinator.blobstore import BlobStore
-from fleetfed.cloud_coordinator.clips import ClipConfig, first_clips
-from fleetfed.cloud_coordinator.evaluate import Evaluator
-from fleetfed.cloud_coordinator.records import Origin, VersionRecord
-from fleetfed.cloud_coordinator.report import meta_metrics
-from fleetfed.cloud_coordinator.step import ServerState, Step, StepConfig, take_step
+from fleetfed.cloud_coordinator.control.report import meta_metrics
+from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
+from fleetfed.cloud_coordinator.storage.records import Origin, VersionRecord
+from fleetfed.cloud_coordinator.training.clips import ClipConfig, first_clips
+from fleetfed.cloud_coordinator.training.evaluate import Evaluator
+from fleetfed.cloud_coordinator.training.step import ServerState, Step, StepConfig, take_step
 from fleetfed.shared.aggregate.accumulator import Partial
 from fleetfed.shared.aggregate.meta import MetaSum
-from fleetfed.shared.errors import ConfigError, LocalProtocolError, RemoteProtocolError
+from fleetfed.shared.errors import ConfigError, LocalProtocolError, RemoteProtocolError, StorageError
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.model.table import read_weights
 from fleetfed.shared.wire import limits
@@ -33,6 +33,27 @@ _FILE_LEVEL: Final = 3
 """Weights hardly compress; a higher level only costs time."""
 _PATCH_LEVEL: Final = 1
 """A patch is compressed already."""
+
+
+class Cards:
+    """The model cards of versions, read once as long as the architecture stays."""
+
+    def __init__(self, blobs: BlobStore) -> None:
+        self._blobs = blobs
+        self._last: tuple[bytes, ModelCard] | None = None
+
+    def of(self, version: VersionRecord) -> ModelCard:
+        """A version's model card.
+
+        Raises:
+            StorageError: it is damaged.
+        """
+        if self._last is None or self._last[0] != version.card:
+            try:
+                self._last = (version.card, ModelCard.decode(self._blobs.get(version.card)))
+            except RemoteProtocolError as error:
+                raise StorageError(f"the stored model card is damaged: {error}") from error
+        return self._last[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
-from fleetfed.cloud_coordinator import report
 from fleetfed.cloud_coordinator.config import RoundSettings
+from fleetfed.cloud_coordinator.control import report
 from fleetfed.cloud_coordinator.events import (
     AbortRequested,
     ModelStored,
@@ -27,10 +27,10 @@ from fleetfed.cloud_coordinator.events import (
     StartRequested,
 )
 from fleetfed.cloud_coordinator.publish import REVOCATIONS, Outgoing
-from fleetfed.cloud_coordinator.records import VersionRecord
 from fleetfed.cloud_coordinator.service import Coordinator
 from fleetfed.cloud_coordinator.state import State, Wish
-from fleetfed.cloud_coordinator.versions import from_file, from_version, read_model
+from fleetfed.cloud_coordinator.storage.records import VersionRecord
+from fleetfed.cloud_coordinator.training.versions import from_file, from_version, read_model
 from fleetfed.shared import config
 from fleetfed.shared.errors import ConfigError, FleetFedError, RejectReason, RemoteProtocolError, StorageError
 from fleetfed.shared.trust.verifier import Verifier
@@ -336,7 +336,7 @@ class Control:
             what = f"version {number}" if number else "version yet"
             raise CommandError("no_such_version", f"there is no {what}; see `fleetfed model list`")
         row = report.version_row(record)
-        card = self._coordinator.card(record)
+        card = self._coordinator.cards.of(record)
         row |= {
             "parameters": card.parameters,
             "input_shape": list(card.input_shape),

@@ -15,9 +15,9 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from fleetfed.cloud_coordinator.clips import ClipConfig, ClipState, next_clips
 from fleetfed.cloud_coordinator.config import PatchConfig
-from fleetfed.cloud_coordinator.optimizers import OptimizerConfig, make_optimizer
+from fleetfed.cloud_coordinator.training.clips import ClipConfig, ClipState, next_clips
+from fleetfed.cloud_coordinator.training.optimizers import OptimizerConfig, make_optimizer
 from fleetfed.shared.aggregate.accumulator import Partial, Ring, check_partial
 from fleetfed.shared.aggregate.meta import MetaSum
 from fleetfed.shared.aggregate.quantize import Grid, mean_delta

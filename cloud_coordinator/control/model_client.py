@@ -7,8 +7,8 @@ import contextlib
 import hashlib
 from dataclasses import dataclass
 
-from fleetfed.cloud_coordinator.control_client import OperatorConfig, diagnose
-from fleetfed.cloud_coordinator.control_errors import CommandFailedError, NoAnswerError
+from fleetfed.cloud_coordinator.control.client import OperatorConfig, diagnose
+from fleetfed.cloud_coordinator.control.errors import CommandFailedError, NoAnswerError
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import RemoteProtocolError
 from fleetfed.shared.model.card import ModelCard

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Final, TypeVar
 
-from fleetfed.cloud_coordinator import report
 from fleetfed.cloud_coordinator.config import RoundSettings
+from fleetfed.cloud_coordinator.control import report
 from fleetfed.cloud_coordinator.proposals import PlanInForce
-from fleetfed.cloud_coordinator.records import RoundRecord
 from fleetfed.cloud_coordinator.round import Exchange, Round
 from fleetfed.cloud_coordinator.state import CoordinatorMachine, Run, Wish
-from fleetfed.cloud_coordinator.store import Store
+from fleetfed.cloud_coordinator.storage.records import RoundRecord
+from fleetfed.cloud_coordinator.storage.store import Store
 from fleetfed.shared.aggregate.accumulator import Accumulator, decode_words
 from fleetfed.shared.errors import RemoteProtocolError, StorageError
 from fleetfed.shared.wire import codec

@@ -15,8 +15,8 @@ import pytest
 from fleetfed.broker.acl import Access, parse_acl
 from fleetfed.broker.render import render_acl
 from fleetfed.broker.tls import server_context
-from fleetfed.cloud_coordinator.inventory import inventory_of
-from fleetfed.cloud_coordinator.keyring import Keyring, MemberRole, NewMember
+from fleetfed.cloud_coordinator.keys.inventory import inventory_of
+from fleetfed.cloud_coordinator.keys.keyring import Keyring, MemberRole, NewMember
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError, RejectReason, RemoteProtocolError, StorageError
 from fleetfed.shared.mqtt.tls import TlsFiles, client_context

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fleetfed.cloud_coordinator.optimizers import OptimizerConfig, OptimizerName, make_optimizer
+from fleetfed.cloud_coordinator.training.optimizers import OptimizerConfig, OptimizerName, make_optimizer
 from fleetfed.shared.errors import ConfigError, StorageError
 
 ALL = list(OptimizerName)

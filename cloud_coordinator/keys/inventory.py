@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from fleetfed.broker.render import Inventory, Member
-from fleetfed.cloud_coordinator.keyring import Keyring, MemberRole
+from fleetfed.cloud_coordinator.keys.keyring import Keyring, MemberRole
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.wire.topics import CLOUD_SITE, Kind
 

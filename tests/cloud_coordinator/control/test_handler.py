@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from fleetfed_testing.cloud import ScriptedGateway, World, facts, small_model, write_model
 
-from fleetfed.cloud_coordinator.blobstore import BlobStore
 from fleetfed.cloud_coordinator.config import RoundSettings, StorageConfig
 from fleetfed.cloud_coordinator.publish import Outgoing, refs_of
 from fleetfed.cloud_coordinator.state import State
+from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
 from fleetfed.shared.errors import StorageError
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.model.patch import apply_patch

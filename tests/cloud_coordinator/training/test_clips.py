@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from fleetfed.cloud_coordinator.clips import ClipConfig, ClipState, first_clips, next_clips
+from fleetfed.cloud_coordinator.training.clips import ClipConfig, ClipState, first_clips, next_clips
 from fleetfed.shared.aggregate.meta import Contribution, MetaLayout, MetaSum
 from fleetfed.shared.aggregate.quantize import Grid, quantize
 from fleetfed.shared.errors import ConfigError, StorageError

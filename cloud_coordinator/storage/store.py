@@ -22,11 +22,11 @@ from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.pool import NullPool
 
-from fleetfed.cloud_coordinator import tables
-from fleetfed.cloud_coordinator.blobstore import BlobStore
-from fleetfed.cloud_coordinator.clips import ClipState
 from fleetfed.cloud_coordinator.events import Member
-from fleetfed.cloud_coordinator.records import DeviceRecord, ExchangeRecord, Origin, RoundRecord, VersionRecord
+from fleetfed.cloud_coordinator.storage import tables
+from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
+from fleetfed.cloud_coordinator.storage.records import DeviceRecord, ExchangeRecord, Origin, RoundRecord, VersionRecord
+from fleetfed.cloud_coordinator.training.clips import ClipState
 from fleetfed.shared.errors import ConfigError, RemoteProtocolError, StorageError
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.envelope import Digest, MessageId

@@ -7,7 +7,7 @@
       fleet.toml        fleet name and authority public key (hex): what everybody may know
       members.json      every certificate ever issued
       revocations.bin   the signed revocation list in force, as it is published
-      tls/              the TLS authorities, see `fleetfed.cloud_coordinator.pki`
+      tls/              the TLS authorities, see `fleetfed.cloud_coordinator.keys.pki`
       identities/ID/    one folder per member, as `fleetfed.shared.trust.identity` reads it
 
 The register is written before an identity folder: a folder without an entry could never be revoked, an entry without
@@ -28,8 +28,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
-from fleetfed.cloud_coordinator import pki
-from fleetfed.cloud_coordinator.pki import Listener, Pki
+from fleetfed.cloud_coordinator.keys import pki
+from fleetfed.cloud_coordinator.keys.pki import Listener, Pki
 from fleetfed.shared import config
 from fleetfed.shared.config import Length, Range
 from fleetfed.shared.errors import ConfigError, LocalProtocolError, StorageError

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from fleetfed.cloud_coordinator.clips import ClipState
 from fleetfed.cloud_coordinator.events import Member
+from fleetfed.cloud_coordinator.training.clips import ClipState
 from fleetfed.shared.wire.messages import BlobRef
 
 

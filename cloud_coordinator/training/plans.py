@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fleetfed.cloud_coordinator.config import RoundSettings
-from fleetfed.cloud_coordinator.records import VersionRecord
+from fleetfed.cloud_coordinator.storage.records import VersionRecord
 from fleetfed.shared.aggregate.lanes import choose_lane_bits
 from fleetfed.shared.wire.messages import Eligibility, Plan, Quantization, Quorum
 

@@ -17,10 +17,10 @@ from fleetfed.broker.config import BrokerConfig
 from fleetfed.broker.embedded import EmbeddedBroker
 from fleetfed.broker.render import render_acl
 from fleetfed.cloud_coordinator.cli.broker import broker_tls
-from fleetfed.cloud_coordinator.control_client import ControlClient, OperatorConfig
-from fleetfed.cloud_coordinator.control_errors import NoAnswerError, RefusedError
-from fleetfed.cloud_coordinator.inventory import inventory_of
-from fleetfed.cloud_coordinator.keyring import Keyring, MemberRole, NewMember
+from fleetfed.cloud_coordinator.control.client import ControlClient, OperatorConfig
+from fleetfed.cloud_coordinator.control.errors import NoAnswerError, RefusedError
+from fleetfed.cloud_coordinator.keys.inventory import inventory_of
+from fleetfed.cloud_coordinator.keys.keyring import Keyring, MemberRole, NewMember
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.mqtt.config import ConnectionConfig

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from fleetfed.cloud_coordinator.events import Member
 from fleetfed.cloud_coordinator.fleet import Progress
-from fleetfed.cloud_coordinator.records import ExchangeRecord, RoundRecord, VersionRecord
 from fleetfed.cloud_coordinator.state import CoordinatorMachine
+from fleetfed.cloud_coordinator.storage.records import ExchangeRecord, RoundRecord, VersionRecord
 from fleetfed.shared.aggregate.meta import MetaSum
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.messages import Outcome, Status

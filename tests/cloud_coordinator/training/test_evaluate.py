@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fleetfed.cloud_coordinator import zoo
-from fleetfed.cloud_coordinator.evaluate import Evaluator
+from fleetfed.cloud_coordinator.training.evaluate import Evaluator
 from fleetfed.shared.dataset import DataConfig
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.model.table import read_weights, write_weights

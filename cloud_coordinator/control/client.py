@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from fleetfed.cloud_coordinator.control_errors import NoAnswerError, RefusedError
+from fleetfed.cloud_coordinator.control.errors import NoAnswerError, RefusedError
 from fleetfed.shared import config
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError, RemoteProtocolError

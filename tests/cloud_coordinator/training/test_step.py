@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from fleetfed_testing.cloud import Fleet, small_model, update_of
 
-from fleetfed.cloud_coordinator.clips import ClipConfig, first_clips
 from fleetfed.cloud_coordinator.config import PatchConfig, RoundSettings
-from fleetfed.cloud_coordinator.optimizers import OptimizerConfig, OptimizerName
-from fleetfed.cloud_coordinator.plans import make_plan
-from fleetfed.cloud_coordinator.records import Origin, VersionRecord
-from fleetfed.cloud_coordinator.step import ServerState, Step, StepConfig, StepError, ring_of, take_step
+from fleetfed.cloud_coordinator.storage.records import Origin, VersionRecord
+from fleetfed.cloud_coordinator.training.clips import ClipConfig, first_clips
+from fleetfed.cloud_coordinator.training.optimizers import OptimizerConfig, OptimizerName
+from fleetfed.cloud_coordinator.training.plans import make_plan
+from fleetfed.cloud_coordinator.training.step import ServerState, Step, StepConfig, StepError, ring_of, take_step
 from fleetfed.shared.aggregate.accumulator import Accumulator
 from fleetfed.shared.errors import StorageError
 from fleetfed.shared.model.patch import apply_patch

@@ -1,0 +1,1 @@
+"""Commands of operators: the handler in the coordinator, and the client of whoever sends them."""

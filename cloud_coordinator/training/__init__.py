@@ -1,0 +1,1 @@
+"""From verified partials to the next version of the model."""
