@@ -47,7 +47,8 @@ from fleetfed.shared.mqtt.config import ConnectionConfig
 from fleetfed.shared.mqtt.endpoint import Endpoint
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.codec import Length, Range
-from fleetfed.shared.wire.messages import Fraction, Training, Weighting
+from fleetfed.shared.wire.fields import Fraction
+from fleetfed.shared.wire.messages import Training, Weighting
 
 Seconds = Annotated[float, Range(0.0, 30 * 86400.0)]
 

@@ -77,7 +77,7 @@ def verify_head(raw: bytes, *, current: PlanInForce, verifier: Verifier, now: in
     if extension.model_sha256 != plan.model_sha256:
         raise RemoteProtocolError(RejectReason.WRONG_MODEL)
     shape = (extension.mode, extension.suite, extension.bits, extension.lane_bits, extension.dimension)
-    wanted = (PLAIN, 0, plan.quantization.bits, plan.quantization.lane_bits, plan.dimension)
+    wanted = (PLAIN, 0, plan.quantization.bits, plan.quantization.lane_bits, current.ring.layout.dimension)
     if shape != wanted or extension.meta_words != current.ring.layout.meta_words:
         raise RemoteProtocolError(RejectReason.WRONG_SHAPE, f"{shape}, the plan says {wanted}")
     if not selected(current.hash, certificate.id, plan.eligibility.fraction):

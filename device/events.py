@@ -13,20 +13,8 @@ from typing import Annotated
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.wire.codec import Length
 from fleetfed.shared.wire.envelope import Digest, MessageId
-from fleetfed.shared.wire.messages import (
-    BlobRef,
-    Bytes16,
-    Bytes32,
-    Count,
-    DeclineReason,
-    Manifest,
-    Millis,
-    PatchRef,
-    Plan,
-    Positive,
-    Receipt,
-    RoundEnd,
-)
+from fleetfed.shared.wire.fields import Bytes16, Bytes32, Count, Millis, Positive
+from fleetfed.shared.wire.messages import BlobRef, DeclineReason, Manifest, PatchRef, Plan, Receipt, RoundEnd
 
 # --- Facts that the store keeps ---------------------------------------------------------------------------------------
 

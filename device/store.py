@@ -47,7 +47,8 @@ from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.blobs import part_count, part_size, unwrap
 from fleetfed.shared.wire.codec import Length, Range
 from fleetfed.shared.wire.envelope import digest
-from fleetfed.shared.wire.messages import BlobRef, Bytes32, Count, Manifest, PatchRef
+from fleetfed.shared.wire.fields import Bytes32, Count
+from fleetfed.shared.wire.messages import BlobRef, Manifest, PatchRef
 
 _log = logging.getLogger(__name__)
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from fleetfed.device.trainer import Trained
 from fleetfed.shared.aggregate.body import encode_body
-from fleetfed.shared.aggregate.meta import Contribution, MetaLayout
-from fleetfed.shared.aggregate.quantize import Grid, NonFiniteDeltaError, quantize
+from fleetfed.shared.aggregate.meta import Contribution
+from fleetfed.shared.aggregate.quantize import NonFiniteDeltaError, quantize
+from fleetfed.shared.aggregate.scheme import scheme_of
 from fleetfed.shared.errors import LocalProtocolError
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.trust.signer import Message, Signer
@@ -33,6 +34,7 @@ class Prepared:
 
     Attributes:
         body: what `aggregate.body` makes of values and meta words.
+        dimension: values in it.
         meta_words: how many of them.
         residual: float32 of shape (parameters,) for the next round; None without error feedback.
         weight: what the update weighs.
@@ -40,6 +42,7 @@ class Prepared:
     """
 
     body: bytes
+    dimension: int
     meta_words: int
     residual: Residual | None
     weight: int
@@ -73,11 +76,11 @@ def prepare(
 
     Raises:
         NonFiniteDeltaError: NaN or infinity.
-        ValueError: a plan that no grid can be made of.
+        RemoteProtocolError: a plan of which no scheme can be made.
     """
     settings = plan.quantization
-    sizes = tuple(slot.size for slot in card.tensors)
-    grid = Grid(sizes, settings.clips, settings.bits, settings.weight_cap)
+    scheme = scheme_of(plan, tuple(slot.size for slot in card.tensors))
+    grid, layout = scheme.grid, scheme.ring.meta
     uniform = plan.weighting is Weighting.UNIFORM
     weight = settings.weight_cap if uniform else min(max(trained.examples, 1), settings.weight_cap)
     if not settings.error_feedback:
@@ -95,9 +98,9 @@ def prepare(
         clipped=quantized.clipped,
         log2_rms=quantized.log2_rms,
     )
-    layout = MetaLayout(sizes, settings.weight_cap)
     return Prepared(
         body=encode_body(quantized.values, layout.encode(contribution), limit=grid.limit),
+        dimension=grid.dimension,
         meta_words=layout.words,
         residual=quantized.residual,
         weight=weight,
@@ -118,7 +121,7 @@ def sign(prepared: Prepared, plan: Plan, plan_hash: Digest, *, signer: Signer, n
     extension = UpdateExtension(
         bits=plan.quantization.bits,
         lane_bits=plan.quantization.lane_bits,
-        dimension=plan.dimension,
+        dimension=prepared.dimension,
         meta_words=prepared.meta_words,
         plan=plan_hash,
         model_sha256=plan.model_sha256,

@@ -138,7 +138,7 @@ class RoundMachine(Machine[RoundState]):
             suite=0,
             bits=plan.quantization.bits,
             lane_bits=plan.quantization.lane_bits,
-            dimension=plan.dimension,
+            dimension=self.ring.layout.dimension,
             meta_words=self.ring.meta.words,
             plan=self.record.hash,
             model_sha256=extension.model_sha256,

@@ -25,9 +25,10 @@ from fleetfed.gateway.perform import Performer
 from fleetfed.gateway.pipeline import Pipeline
 from fleetfed.gateway.record import Place
 from fleetfed.gateway.relay import Relay
-from fleetfed.gateway.state import GatewayMachine, make_ring
+from fleetfed.gateway.state import GatewayMachine
 from fleetfed.gateway.status import Status, write_status
 from fleetfed.gateway.worker import Worker
+from fleetfed.shared.aggregate.scheme import scheme_of
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError, RemoteProtocolError, StorageError
 from fleetfed.shared.files import write_atomic
@@ -185,7 +186,7 @@ class Gateway:
         if stored.record is None:
             return
         try:
-            ring = make_ring(stored.record.plan, stored.sizes)
+            ring = scheme_of(stored.record.plan, stored.sizes).ring
         except RemoteProtocolError as error:
             raise StorageError(f"{self.config.state}: the stored plan does not fit its model: {error}") from error
         rnd = self.machine.restore(stored.record, ring, unix_ms())

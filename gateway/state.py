@@ -20,10 +20,11 @@ from fleetfed.gateway.members import Members
 from fleetfed.gateway.record import Place, RoundRecord
 from fleetfed.gateway.round import MemberChanged, RoundMachine
 from fleetfed.shared.aggregate.accumulator import Ring
+from fleetfed.shared.aggregate.scheme import scheme_of
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.machine import Edge, Machine, TimerFired
 from fleetfed.shared.wire.envelope import Digest, Head, MessageId
-from fleetfed.shared.wire.messages import Census, Plan
+from fleetfed.shared.wire.messages import Census
 from fleetfed.shared.wire.topics import Kind
 from fleetfed.shared.wire.update import UpdateExtension
 
@@ -71,29 +72,6 @@ class Previous:
     round: int = 0
     hash: Digest | None = None
     accepted: dict[str, tuple[MessageId, Digest]]
-
-
-def make_ring(plan: Plan, sizes: tuple[int, ...]) -> Ring:
-    """The arithmetic that a plan fixes for a model.
-
-    Raises:
-        RemoteProtocolError: `WRONG_SHAPE`: plan and model do not fit each other, or the lanes could overflow.
-    """
-    quantization = plan.quantization
-    try:
-        ring = Ring.of(
-            sizes, bits=quantization.bits, lane_bits=quantization.lane_bits, weight_cap=quantization.weight_cap
-        )
-    except ValueError as error:
-        raise RemoteProtocolError(RejectReason.WRONG_SHAPE, str(error)) from error
-    fits = ring.layout.dimension == plan.dimension and len(quantization.clips) == len(sizes)
-    if not fits or plan.quorum.cohort_cap > ring.capacity:
-        raise RemoteProtocolError(
-            RejectReason.WRONG_SHAPE,
-            f"{plan.dimension} values, {len(quantization.clips)} clips, cohort {plan.quorum.cohort_cap} "
-            f"for a model of {sizes} and a ring for {ring.capacity}",
-        )
-    return ring
 
 
 class GatewayMachine(Machine[GatewayState]):
@@ -206,7 +184,7 @@ class GatewayMachine(Machine[GatewayState]):
         try:
             if served.version == plan.model_version and served.sha256 != plan.model_sha256:
                 raise RemoteProtocolError(RejectReason.WRONG_MODEL, "the plan names another file of this version")
-            ring = make_ring(plan, served.sizes)
+            ring = scheme_of(plan, served.sizes).ring
         except RemoteProtocolError as error:
             return [ev.Refused(what=f"plan {plan.round}", reason=error.reason, detail=error.detail)]
         self._begin(RoundRecord(plan=plan, hash=pending.hash), ring, now)

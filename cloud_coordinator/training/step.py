@@ -20,7 +20,8 @@ from fleetfed.cloud_coordinator.training.clips import ClipConfig, ClipState, nex
 from fleetfed.cloud_coordinator.training.optimizers import OptimizerConfig, make_optimizer
 from fleetfed.shared.aggregate.accumulator import Partial, Ring, check_partial
 from fleetfed.shared.aggregate.meta import MetaSum
-from fleetfed.shared.aggregate.quantize import Grid, mean_delta
+from fleetfed.shared.aggregate.quantize import mean_delta
+from fleetfed.shared.aggregate.scheme import Scheme, scheme_of
 from fleetfed.shared.errors import FleetFedError, StorageError
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.model.patch import Patched, Weights, make_patch
@@ -95,14 +96,18 @@ class Step:
     meta: MetaSum
 
 
+def scheme_for(plan: Plan, card: ModelCard) -> Scheme:
+    """The arithmetic of a plan's round for the model of ``card``.
+
+    Raises:
+        RemoteProtocolError: `WRONG_SHAPE`.
+    """
+    return scheme_of(plan, tuple(slot.size for slot in card.tensors))
+
+
 def ring_of(plan: Plan, card: ModelCard) -> Ring:
-    """The arithmetic of a plan's round."""
-    return Ring.of(
-        tuple(slot.size for slot in card.tensors),
-        bits=plan.quantization.bits,
-        lane_bits=plan.quantization.lane_bits,
-        weight_cap=plan.quantization.weight_cap,
-    )
+    """The ring of `scheme_for`."""
+    return scheme_for(plan, card).ring
 
 
 def take_step(
@@ -130,12 +135,7 @@ def take_step(
         StepError: the sum is impossible, or the optimizer leaves the finite numbers.
         StorageError: the stored state is damaged.
     """
-    grid = Grid(
-        tuple(slot.size for slot in card.tensors),
-        plan.quantization.clips,
-        plan.quantization.bits,
-        plan.quantization.weight_cap,
-    )
+    grid = scheme_for(plan, card).grid
     try:
         meta = check_partial(total)
         optimizer = make_optimizer(config.optimizer, grid.dimension)

@@ -34,6 +34,10 @@ class Role(IntEnum):
     GATEWAY = 3
     DEVICE = 4
     OPERATOR = 5
+    HELPER = 6
+    """Holds mask seeds beside the coordinator; run by somebody else than it."""
+    ENROLLER = 7
+    """Issues and revokes the certificates of devices, and of nobody else; see `verifier.Authority`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +103,17 @@ def issue(certificate: Certificate, authority: SigningKey) -> bytes:
     encoded = body + authority.sign(_CONTEXT + body)
     assert len(encoded) <= MAX_CERTIFICATE
     return encoded
+
+
+def issuer(encoded: bytes) -> KeyId:
+    """The key id of the authority that claims to have issued a certificate; nothing is verified.
+
+    Raises:
+        RemoteProtocolError: `BAD_CERTIFICATE`: too short to name one.
+    """
+    if len(encoded) < _FIXED.size:
+        raise RemoteProtocolError(RejectReason.BAD_CERTIFICATE, f"{len(encoded)} bytes")
+    return KeyId(_FIXED.unpack_from(encoded)[-1])
 
 
 def verify(encoded: bytes, authority_key: bytes) -> Certificate:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fleetfed.shared.trust.certificates import Certificate
 from fleetfed.shared.trust.keys import SigningKey
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.compression import compress
 from fleetfed.shared.wire.envelope import (
+    Digest,
     Head,
     Header,
     MessageId,
@@ -117,7 +118,49 @@ class Signer:
         extension: bytes = b"",
     ) -> Message:
         """Sign a body that is encoded, and perhaps compressed, already; arguments as for `sign`."""
-        header = Header(
+        header = self._header(
+            kind, now, round, lifetime, body=len(body), raw=raw_size, compressed=compressed, extension=len(extension)
+        )
+        return self._message(header, body, extension)
+
+    def sign_bound(
+        self,
+        kind: MessageKind,
+        fill: Callable[[Header], tuple[bytes, bytes]],
+        *,
+        body_size: int,
+        extension_size: int,
+        now: int,
+        round: int = 0,
+        lifetime: int = 0,
+    ) -> Message:
+        """Sign a message whose body and extension depend on its header, such as keys that are bound to it.
+
+        Args:
+            kind, now, round, lifetime: as for `sign`.
+            fill: given the header, whose hash of the body is all zeros yet, returns body and extension.
+            body_size, extension_size: their bytes, which must be known before.
+        """
+        header = self._header(
+            kind, now, round, lifetime, body=body_size, raw=body_size, compressed=False, extension=extension_size
+        )
+        body, extension = fill(header)
+        assert (len(body), len(extension)) == (body_size, extension_size)
+        return self._message(header, body, extension)
+
+    def _header(
+        self,
+        kind: MessageKind,
+        now: int,
+        round: int,
+        lifetime: int,
+        *,
+        body: int,
+        raw: int,
+        compressed: bool,
+        extension: int,
+    ) -> Header:
+        return Header(
             kind=kind,
             fleet=self._fleet,
             sender=self.certificate.key_id,
@@ -126,13 +169,16 @@ class Signer:
             issued_at=now,
             expires_at=now + lifetime if lifetime else 0,
             message_id=MessageId(self._randomness(16)),
-            body_size=len(body),
-            raw_size=raw_size,
+            body_size=body,
+            raw_size=raw,
             compressed=compressed,
-            body_hash=digest(body),
-            extension_size=len(extension),
+            body_hash=Digest(bytes(32)),
+            extension_size=extension,
             certificate_size=len(self._encoded_certificate),
         )
+
+    def _message(self, header: Header, body: bytes, extension: bytes) -> Message:
+        header = replace(header, body_hash=digest(body))
         signed = header.encode() + extension
-        signature = self._key.sign(signed_bytes(kind, signed))
+        signature = self._key.sign(signed_bytes(header.kind, signed))
         return Message(Head(header, extension, signature, self._encoded_certificate, signed), body)

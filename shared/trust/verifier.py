@@ -11,6 +11,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
@@ -18,7 +20,7 @@ from fleetfed.shared.trust import certificates
 from fleetfed.shared.trust.certificates import Certificate, Role
 from fleetfed.shared.trust.keys import signature_is_good
 from fleetfed.shared.wire import codec
-from fleetfed.shared.wire.envelope import Head, MessageKind, fleet_id, open_body, parse_head, signed_bytes
+from fleetfed.shared.wire.envelope import Head, MessageKind, fleet_id, key_id, open_body, parse_head, signed_bytes
 from fleetfed.shared.wire.messages import Revocations
 
 T = TypeVar("T")
@@ -37,9 +39,27 @@ SPEAKERS: Final[dict[MessageKind, frozenset[Role]]] = {
     MessageKind.REQUEST: frozenset({Role.OPERATOR}),
     MessageKind.RESPONSE: frozenset({Role.COORDINATOR}),
     MessageKind.STATUS: frozenset({Role.COORDINATOR}),
-    MessageKind.REVOCATIONS: frozenset({Role.AUTHORITY}),
+    MessageKind.REVOCATIONS: frozenset({Role.AUTHORITY, Role.ENROLLER}),
+    MessageKind.COSIGN: frozenset({Role.GATEWAY}),
+    MessageKind.SEAL_KEY: frozenset({Role.HELPER}),
+    MessageKind.MASK_REQUEST: frozenset({Role.COORDINATOR}),
+    MessageKind.MASK_SUMS: frozenset({Role.HELPER}),
 }
 """Which roles may sign which kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Authority:
+    """A key whose certificates count.
+
+    Attributes:
+        public_key: Ed25519, 32 bytes.
+        roles: which roles it may certify; an enrolment service certifies devices alone.
+    """
+
+    public_key: bytes
+    roles: frozenset[Role]
+
 
 _CLOCK_SKEW: Final = 5 * 60 * 1000
 """Milliseconds by which clocks may differ before a certificate counts as not yet valid."""
@@ -57,7 +77,8 @@ class Verifier:
     def __init__(self, fleet: str, authority_key: bytes, *, cache: int = 4096) -> None:
         self.fleet = fleet
         self._fleet_id = fleet_id(fleet)
-        self._authority_key = authority_key
+        self._pinned = Authority(authority_key, frozenset(Role))
+        self._authorities = {key_id(authority_key): self._pinned}
         self._known: OrderedDict[bytes, Certificate] = OrderedDict()
         self._cache = cache
         self._revocations = Revocations(version=1)
@@ -111,7 +132,7 @@ class Verifier:
         """
         certificate = self._known.get(encoded)
         if certificate is None:
-            certificate = certificates.verify(encoded, self._authority_key)
+            certificate = self._issued(encoded)
             if certificate.fleet != self.fleet:
                 raise RemoteProtocolError(RejectReason.WRONG_FLEET, certificate.fleet)
             self._known[encoded] = certificate
@@ -123,6 +144,25 @@ class Verifier:
             raise RemoteProtocolError(RejectReason.EXPIRED_CERTIFICATE, f"{certificate.id} at {now}")
         if certificate.serial in self._revoked:
             raise RemoteProtocolError(RejectReason.REVOKED, certificate.id)
+        return certificate
+
+    def trust(self, authorities: Iterable[Authority]) -> None:
+        """Replace the authorities by those that verified trust metadata names; none brings the pinned one back."""
+        named = {key_id(each.public_key): each for each in authorities}
+        self._authorities = named if named else {key_id(self._pinned.public_key): self._pinned}
+        # What an authority that is gone has signed does not count any more.
+        self._known.clear()
+
+    def _issued(self, encoded: bytes) -> Certificate:
+        issuer = certificates.issuer(encoded)
+        authority = self._authorities.get(issuer)
+        if authority is None:
+            raise RemoteProtocolError(RejectReason.BAD_CERTIFICATE, "issued by an authority that is not trusted")
+        certificate = certificates.verify(encoded, authority.public_key)
+        if certificate.role not in authority.roles:
+            raise RemoteProtocolError(
+                RejectReason.BAD_CERTIFICATE, f"its authority may not certify a {certificate.role.name}"
+            )
         return certificate
 
     def head(self, head: Head, *, kind: MessageKind, now: int, sender: str | None = None) -> Certificate:

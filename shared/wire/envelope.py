@@ -64,6 +64,10 @@ class MessageKind(IntEnum):
     RESPONSE = 12
     STATUS = 13
     REVOCATIONS = 14
+    COSIGN = 15
+    SEAL_KEY = 16
+    MASK_REQUEST = 17
+    MASK_SUMS = 18
 
 
 BODY_LIMITS: Final[dict[MessageKind, int]] = {
@@ -81,6 +85,10 @@ BODY_LIMITS: Final[dict[MessageKind, int]] = {
     MessageKind.RESPONSE: limits.MAX_PLAN,
     MessageKind.STATUS: limits.MAX_PLAN,
     MessageKind.REVOCATIONS: limits.MAX_PLAN,
+    MessageKind.COSIGN: limits.MAX_SMALL_MESSAGE,
+    MessageKind.SEAL_KEY: limits.MAX_SMALL_MESSAGE,
+    MessageKind.MASK_REQUEST: 2 * limits.MAX_PROPOSAL + limits.MAX_PLAN,
+    MessageKind.MASK_SUMS: limits.MAX_PARTIAL,
 }
 """Bytes of a body as sent, per kind."""
 

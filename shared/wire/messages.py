@@ -8,27 +8,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.codec import Length, Range
-
-# An integer: as a float it would be 2^63, which databases refuse.
-_U63: Final = 2**63 - 1
-
-Bytes16 = Annotated[bytes, Length(16, 16)]
-Bytes32 = Annotated[bytes, Length(32, 32)]
-Id = Annotated[str, Length(1, limits.MAX_ID)]
-Name = Annotated[str, Length(1, 100)]
-Text = Annotated[str, Length(0, 2000)]
-Count = Annotated[int, Range(0, _U63)]
-Positive = Annotated[int, Range(1, _U63)]
-Millis = Annotated[int, Range(0, _U63)]
-Tally = Annotated[int, Range(0, limits.MAX_TALLY)]
-Label = Annotated[str, Length(1, 64)]
-Fraction = Annotated[float, Range(0.0, 1.0)]
-
+from fleetfed.shared.wire.fields import (
+    Bytes16,
+    Bytes32,
+    Count,
+    Fraction,
+    Id,
+    Label,
+    Millis,
+    Name,
+    Positive,
+    Tally,
+    Text,
+)
+from fleetfed.shared.wire.masking import Bucket, NonceHash, Split
+from fleetfed.shared.wire.privacy import Privacy
 
 # --- Objects that are fetched by content -----------------------------------------------------------------------------
 
@@ -103,9 +102,12 @@ class Manifest:
 
 
 class Mode(StrEnum):
-    """How updates are hidden from their gateway."""
+    """Whether updates are hidden from their gateway."""
 
     PLAIN = "plain"
+    """The gateway reads every update."""
+    SPLIT = "split"
+    """Masked vector to the gateway, mask seed to the coordinator (`masking`): neither reads an update alone."""
 
 
 class Optimizer(StrEnum):
@@ -208,6 +210,9 @@ class Plan:
         deadline: when leaf gateways close.
         expires: when the coordinator closes; gateways above the leaves close in between.
         nonce: random; makes each round's selection its own.
+        split: how updates are masked; present in split mode, and only there.
+        privacy: the differential privacy that devices, gateways and coordinator uphold; None for none.
+        policy: version of the pinned policy that it was made under; 0 where the fleet has none.
     """
 
     round: Positive
@@ -225,6 +230,9 @@ class Plan:
     deadline: Millis
     expires: Millis
     nonce: Bytes16
+    split: Split | None = None
+    privacy: Privacy | None = None
+    policy: Count = 0
 
 
 class Outcome(StrEnum):
@@ -256,6 +264,12 @@ class DeclineReason(StrEnum):
     TRAINING_FAILED = "training_failed"
     DIVERGED = "diverged"
     BUSY = "busy"
+    POLICY = "policy"
+    """The plan is weaker than the pinned policy, or what pins it has expired."""
+    PRIVACY_BUDGET = "privacy_budget"
+    """The device has taken part as often as its privacy ledger allows."""
+    TOO_SOON = "too_soon"
+    """The device's last part in a round is nearer than the plan's privacy allows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,12 +296,17 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """What a gateway's subtree holds for a round: the signed heads of all accepted updates, without bodies."""
+    """What a gateway's subtree holds for a round: the signed heads of all accepted updates, without bodies.
+
+    Attributes:
+        nonces: of every leaf gateway in the subtree that deals masked updates into buckets, the hash of its nonce.
+    """
 
     plan: Bytes32
     heads: Annotated[tuple[Annotated[bytes, Length(1, limits.MAX_HEAD)], ...], Length(0, limits.MAX_COHORT)]
     declined: Annotated[dict[Label, Tally], Length(0, 64)] = field(default_factory=dict)
     rejected: Annotated[dict[Label, Tally], Length(0, 64)] = field(default_factory=dict)
+    nonces: Annotated[tuple[NonceHash, ...], Length(0, limits.MAX_COHORT)] = ()
 
 
 def max_proposal(cohort_cap: int) -> int:
@@ -303,6 +322,7 @@ class Commit:
         proposal: head hash of the proposal that it answers.
         members: message ids (16 bytes each) of the updates to add, sorted, end to end.
         excluded: head hash to reason, for what was proposed and is left out.
+        nonce: the coordinator's share of the coin that deals updates into buckets; drawn after the proposal came.
     """
 
     plan: Bytes32
@@ -310,6 +330,7 @@ class Commit:
     proposal: Bytes32
     members: Annotated[bytes, Length(0, 16 * limits.MAX_COHORT)]
     excluded: Annotated[dict[str, str], Length(0, limits.MAX_COHORT)] = field(default_factory=dict)
+    nonce: Bytes16 = bytes(16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,13 +340,16 @@ class Reveal:
     Attributes:
         commit: head hash of the commit.
         count: contributors in the sum; equals the sum's own count word.
-        words: the sum's uint64 words (`aggregate.accumulator.encode_words`).
+        words: the sum's uint64 words: packed and compressed in plain mode (`aggregate.accumulator.encode_words`), the
+            masked words themselves, little-endian, in split mode; empty where there are buckets.
+        buckets: the sums apart, in split mode with buckets.
     """
 
     plan: Bytes32
     commit: Bytes32
     count: Count
     words: Annotated[bytes, Length(0, limits.MAX_PARTIAL)]
+    buckets: Annotated[tuple[Bucket, ...], Length(0, limits.MAX_COHORT)] = ()
 
 
 # --- Presence and the fleet ------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ Grammar (at most seven slashes, ids ``[a-z0-9_-]{1,48}``)::
     ff1/{fleet}/{site}/b/blob/{hash}/{index}           one chunk of a content-addressed object; retained
 
 A *site* is served by one node: the site ``_`` by the coordinator, every other site by its gateway. Whoever is
-served is a *member* of the site: a device (kind ``d``), a gateway one tier below (``g``) or an operator (``o``,
-at ``_`` only). So every tier looks the same, and a tree of any depth needs no other topic.
+served is a *member* of the site: a device (kind ``d``), a gateway one tier below (``g``), an operator (``o``) or a
+helper (``h``), both at ``_`` only. So every tier looks the same, and a tree of any depth needs no other topic.
 
 The identity stands in the topic, where the broker's ACL enforces it; the round stands in the payload, so that
 subscriptions never change.
@@ -45,6 +45,7 @@ class Kind(StrEnum):
     DEVICE = "d"
     GATEWAY = "g"
     OPERATOR = "o"
+    HELPER = "h"
 
 
 class Direction(StrEnum):
@@ -71,12 +72,18 @@ class Verb(StrEnum):
     """Gateway: chunks of a signed list of the updates that it holds."""
     REVEAL = "reveal"
     """Gateway: chunks of a signed partial over exactly the committed set."""
+    KEY = "key"
+    """Helper: signed, retained; the key that mask seeds are sealed to."""
+    MASKS = "masks"
+    """Helper: chunks of a signed sum of masks over exactly the committed set."""
     REQUEST = "req"
     """Operator: a signed command."""
     RECEIPT = "receipt"
     """Down: signed; the fate of an update, a proposal or a partial."""
     COMMIT = "commit"
     """Down to a gateway: chunks of the coordinator's signed final set, which outgrows a packet like the proposal."""
+    ASK = "ask"
+    """Down to a helper: chunks of the coordinator's signed request for the masks of a committed set."""
     RESPONSE = "res"
     """Down to an operator: the signed answer to a command."""
 
@@ -90,6 +97,10 @@ class Broadcast(StrEnum):
     """The coordinator's signed manifest of the current model."""
     PLAN = "plan"
     """The coordinator's signed plan of the round, or its end."""
+    COSIGN = "cosign"
+    """The gateway's own signed word for the plan, with its key of the round (split mode)."""
+    TRUST = "trust"
+    """The fleet's trust metadata: root, timestamp, snapshot, targets, policy (each signed for itself)."""
     REVOKED = "revoked"
     """The authority's signed revocation list."""
     STATUS = "status"
@@ -113,19 +124,22 @@ class VerbRule:
     retain: bool = False
 
 
-_DEVICE, _GATEWAY, _OPERATOR = (Kind.DEVICE,), (Kind.GATEWAY,), (Kind.OPERATOR,)
+_DEVICE, _GATEWAY, _OPERATOR, _HELPER = (Kind.DEVICE,), (Kind.GATEWAY,), (Kind.OPERATOR,), (Kind.HELPER,)
 _BOTH = (Kind.DEVICE, Kind.GATEWAY)
 
 VERBS: Final[dict[Verb, VerbRule]] = {
-    Verb.STATE: VerbRule(_BOTH, Direction.UP, retain=True),
+    Verb.STATE: VerbRule((*_BOTH, Kind.HELPER), Direction.UP, retain=True),
     Verb.UPDATE: VerbRule(_DEVICE, Direction.UP),
     Verb.DECLINE: VerbRule(_DEVICE, Direction.UP),
     Verb.NEED: VerbRule(_BOTH, Direction.UP),
     Verb.CENSUS: VerbRule(_GATEWAY, Direction.UP, retain=True),
     Verb.PROPOSE: VerbRule(_GATEWAY, Direction.UP),
     Verb.REVEAL: VerbRule(_GATEWAY, Direction.UP),
+    Verb.KEY: VerbRule(_HELPER, Direction.UP, retain=True),
+    Verb.MASKS: VerbRule(_HELPER, Direction.UP),
     Verb.REQUEST: VerbRule(_OPERATOR, Direction.UP),
-    Verb.RECEIPT: VerbRule(_BOTH, Direction.DOWN),
+    Verb.RECEIPT: VerbRule((*_BOTH, Kind.HELPER), Direction.DOWN),
+    Verb.ASK: VerbRule(_HELPER, Direction.DOWN),
     Verb.COMMIT: VerbRule(_GATEWAY, Direction.DOWN),
     Verb.RESPONSE: VerbRule(_OPERATOR, Direction.DOWN),
 }

@@ -18,6 +18,12 @@ EXTENSION_SIZE: Final = _EXTENSION.size
 
 PLAIN: Final = 0
 """Code of `messages.Mode.PLAIN`."""
+SPLIT: Final = 1
+"""Code of `messages.Mode.SPLIT`."""
+
+BOX_SIZE: Final = 113
+"""Bytes of one sealed key of suite `masking.SEALED_BOX`: tag, key, binding, and 48 of libsodium's."""
+_MOST_BOXES: Final = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,12 +31,15 @@ class UpdateExtension:
     """What the head of an update says beside the common header.
 
     Attributes:
-        mode: code of the plan's mode; `PLAIN`.
+        mode: code of the plan's mode: `PLAIN` or `SPLIT`.
         suite: code of the encryption suite; 0 in plain mode.
-        bits, lane_bits, dimension: as in the plan.
+        bits, lane_bits: as in the plan.
+        dimension: values in the vector; the plan's, or fewer where it takes a subset.
         meta_words: whole words after the lanes, as `aggregate.meta` lays them out.
         plan: head hash of the plan.
         model_sha256: the model file that training began with.
+        boxes: sealed keys of `BOX_SIZE` bytes each: none in plain mode; the body's key for the gateway, the seed for
+            the coordinator and, with a helper, the seed for the helper in split mode.
     """
 
     mode: int = PLAIN
@@ -41,9 +50,14 @@ class UpdateExtension:
     meta_words: int
     plan: Digest
     model_sha256: bytes
+    boxes: tuple[bytes, ...] = ()
 
     def encode(self) -> bytes:
-        """The extension's bytes, `EXTENSION_SIZE` of them."""
+        """The extension's bytes: `EXTENSION_SIZE` of them, and the boxes."""
+        return self.fixed() + b"".join(self.boxes)
+
+    def fixed(self) -> bytes:
+        """The part that the boxes are bound to."""
         return _EXTENSION.pack(
             self.mode,
             self.suite,
@@ -62,9 +76,11 @@ class UpdateExtension:
         Raises:
             RemoteProtocolError: `MALFORMED`: not an update, or of another length.
         """
-        if head.header.kind is not MessageKind.UPDATE or len(head.extension) != EXTENSION_SIZE:
+        count, rest = divmod(len(head.extension) - EXTENSION_SIZE, BOX_SIZE)
+        if head.header.kind is not MessageKind.UPDATE or rest or not 0 <= count <= _MOST_BOXES:
             raise RemoteProtocolError(RejectReason.MALFORMED, f"{len(head.extension)} bytes of update extension")
-        mode, suite, bits, lane_bits, dimension, meta_words, plan, model = _EXTENSION.unpack(head.extension)
+        mode, suite, bits, lane_bits, dimension, meta_words, plan, model = _EXTENSION.unpack_from(head.extension)
+        starts = range(EXTENSION_SIZE, len(head.extension), BOX_SIZE)
         return cls(
             mode=mode,
             suite=suite,
@@ -74,4 +90,5 @@ class UpdateExtension:
             meta_words=meta_words,
             plan=Digest(plan),
             model_sha256=model,
+            boxes=tuple(head.extension[start : start + BOX_SIZE] for start in starts),
         )

@@ -17,8 +17,9 @@ from fleetfed.gateway.perform import Performer
 from fleetfed.gateway.pipeline import Pipeline
 from fleetfed.gateway.record import Place
 from fleetfed.gateway.relay import Relay
-from fleetfed.gateway.state import GatewayMachine, make_ring
+from fleetfed.gateway.state import GatewayMachine
 from fleetfed.gateway.worker import Worker
+from fleetfed.shared.aggregate.scheme import scheme_of
 from fleetfed.shared.machine import TimerFired
 from fleetfed.shared.telemetry import Counters
 from fleetfed.shared.trust.certificates import Role
@@ -124,7 +125,7 @@ class Bench:
         manifest = fleet.model(1)[0]
         self.performer.feed(ev.ModelServed(version=1, sha256=manifest.sha256, sizes=fleet.sizes))
         if stored.record is not None:
-            rnd = self.machine.restore(stored.record, make_ring(stored.record.plan, stored.sizes), fleet.now)
+            rnd = self.machine.restore(stored.record, scheme_of(stored.record.plan, stored.sizes).ring, fleet.now)
             self.performer.restore(rnd, stored.plan)
         self._tasks = [asyncio.create_task(self.pipeline.run()), asyncio.create_task(self.worker.run())]
         self.performer.perform(self.machine.resume(fleet.now))

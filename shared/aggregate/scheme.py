@@ -1,0 +1,53 @@
+"""What the numbers of one round mean: derived from the signed plan and the model's tensors, by every tier alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fleetfed.shared.aggregate.accumulator import Ring
+from fleetfed.shared.aggregate.quantize import Grid
+from fleetfed.shared.errors import RejectReason, RemoteProtocolError
+from fleetfed.shared.wire.messages import Mode, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """The arithmetic of a round.
+
+    Attributes:
+        ring: lanes, meta words and limits; its dimension is that of the vectors that travel.
+        grid: the integers that a device may say, for the coordinates that travel.
+    """
+
+    ring: Ring
+    grid: Grid
+
+
+def scheme_of(plan: Plan, sizes: tuple[int, ...]) -> Scheme:
+    """The scheme that a plan fixes for a model.
+
+    Args:
+        plan: as signed.
+        sizes: coordinates of each tensor of the model.
+
+    Raises:
+        RemoteProtocolError: `WRONG_SHAPE`: plan and model do not fit each other, or the lanes could overflow.
+    """
+    quantization = plan.quantization
+    try:
+        if sum(sizes) != plan.dimension or len(quantization.clips) != len(sizes):
+            raise ValueError(
+                f"{plan.dimension} values and {len(quantization.clips)} clips for a model of {len(sizes)} tensors "
+                f"with {sum(sizes)} values"
+            )
+        if (plan.mode is Mode.SPLIT) != (plan.split is not None):
+            raise ValueError(f"a plan in {plan.mode} mode {'without' if plan.split is None else 'with'} masks")
+        ring = Ring.of(
+            sizes, bits=quantization.bits, lane_bits=quantization.lane_bits, weight_cap=quantization.weight_cap
+        )
+        if plan.quorum.cohort_cap > ring.capacity:
+            raise ValueError(f"a cohort of {plan.quorum.cohort_cap} on a ring for {ring.capacity}")
+        grid = Grid(sizes, quantization.clips, quantization.bits, quantization.weight_cap)
+    except ValueError as error:
+        raise RemoteProtocolError(RejectReason.WRONG_SHAPE, str(error)) from error
+    return Scheme(ring=ring, grid=grid)

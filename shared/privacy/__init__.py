@@ -1,0 +1,1 @@
+"""Differential privacy: noise, clipping and what they are worth. docs/privacy.md explains the guarantees."""

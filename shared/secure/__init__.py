@@ -1,0 +1,1 @@
+"""Split-trust secure aggregation: masks, seals and buckets. Pure; docs/privacy.md explains the protocol."""

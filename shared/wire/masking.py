@@ -1,0 +1,132 @@
+"""What split mode adds to the plan and to the messages of a round (docs/privacy.md).
+
+A device adds a mask to its words, encrypts the masked words to its gateway, and seals the mask's seed to the
+coordinator; with a helper it adds a second mask, whose seed it seals to the helper. The gateway adds masked words
+without reading them; the coordinator subtracts the masks of exactly the committed set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+from fleetfed.shared.wire import limits
+from fleetfed.shared.wire.codec import Length, Range
+from fleetfed.shared.wire.fields import Bytes16, Bytes32, Count, Id
+
+SEALED_BOX: Final = 1
+"""Suite: keys sealed with libsodium's `crypto_box_seal` (X25519, XSalsa20-Poly1305), body in ChaCha20-Poly1305."""
+
+MAX_HELPER_KEY: Final = 2048
+"""Bytes of a signed `SealKey` message in a plan."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """How the updates of a round are masked.
+
+    Attributes:
+        suite: how keys are sealed and bodies encrypted.
+        seal_key: the coordinator's X25519 key of this round; destroyed when the round is over.
+        helper: the helper's own signed `SealKey` message, byte for byte, so that devices see whose key it is; empty
+            for a round with one seed holder (h = 1).
+        minimum_cohort: fewest contributors to any sum that leaves a leaf gateway, and to any bucket.
+        minimum_owners: fewest distinct owners among them.
+        bucket: contributors to each sum that is revealed apart from the others, so that one garbage update costs its
+            bucket alone; 0 reveals one sum. At least ``minimum_cohort``.
+    """
+
+    suite: Annotated[int, Range(1, 255)] = SEALED_BOX
+    seal_key: Bytes32
+    helper: Annotated[bytes, Length(0, MAX_HELPER_KEY)] = b""
+    minimum_cohort: Annotated[int, Range(2, limits.MAX_COHORT)] = 2
+    minimum_owners: Annotated[int, Range(1, limits.MAX_COHORT)] = 1
+    bucket: Annotated[int, Range(0, limits.MAX_COHORT)] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cosign:
+    """A leaf gateway's word that this is the one plan of the round. Signed by it, retained at its site.
+
+    A device seals nothing before it has its own gateway's cosignature of the very plan: two devices of a site can so
+    never be given two plans, that is two models, for one sum (Pasquini et al. 2021, "Eluding Secure Aggregation").
+
+    Attributes:
+        plan: head hash of the plan.
+        seal_key: the gateway's X25519 key of this round; destroyed when the round is over.
+    """
+
+    plan: Bytes32
+    seal_key: Bytes32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SealKey:
+    """A helper's current X25519 key. Signed by the helper, retained; its head says until when it is valid."""
+
+    helper: Id
+    seal_key: Bytes32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NonceHash:
+    """A leaf gateway's commitment to its share of the coin that deals updates into buckets.
+
+    Attributes:
+        site: the site that it serves.
+        hash: BLAKE2b-256 of its nonce (16 bytes).
+    """
+
+    site: Id
+    hash: Bytes32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """One of several sums in a reveal.
+
+    Attributes:
+        site: of the leaf gateway.
+        nonce: what its `NonceHash` committed to; the same in all buckets of a site.
+        index: place among the site's buckets, in the order that `secure.buckets` defines.
+        count: contributors in it.
+        words: masked words, little-endian.
+    """
+
+    site: Id
+    nonce: Bytes16
+    index: Count
+    count: Count
+    words: Annotated[bytes, Length(0, limits.MAX_PARTIAL)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskRequest:
+    """The coordinator asks the helper for the masks of one gateway's committed set; the helper checks all of it itself.
+
+    Attributes:
+        plan, proposal, commit: the signed messages, byte for byte.
+        nonces: the sites' openings, from the reveal; empty without buckets.
+    """
+
+    plan: Annotated[bytes, Length(1, limits.MAX_PLAN)]
+    proposal: Annotated[bytes, Length(1, limits.MAX_PROPOSAL)]
+    commit: Annotated[bytes, Length(1, limits.MAX_PROPOSAL)]
+    nonces: Annotated[dict[Id, Bytes16], Length(0, limits.MAX_COHORT)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskSums:
+    """The helper's answer, one per round and gateway, ever.
+
+    Attributes:
+        plan, commit: head hashes.
+        gateway: whose committed set it is.
+        sums: the sum of the helper's masks, words little-endian: of the whole set, or of each bucket in the order of
+            the reveal.
+    """
+
+    plan: Bytes32
+    commit: Bytes32
+    gateway: Id
+    sums: Annotated[tuple[Annotated[bytes, Length(0, limits.MAX_PARTIAL)], ...], Length(1, limits.MAX_COHORT)]
