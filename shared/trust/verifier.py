@@ -19,9 +19,10 @@ from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.trust import certificates
 from fleetfed.shared.trust.certificates import Certificate, Role
 from fleetfed.shared.trust.keys import signature_is_good
+from fleetfed.shared.trust.policy import Policy, check_plan
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.envelope import Head, MessageKind, fleet_id, key_id, open_body, parse_head, signed_bytes
-from fleetfed.shared.wire.messages import Revocations
+from fleetfed.shared.wire.messages import Plan, Revocations
 
 T = TypeVar("T")
 
@@ -84,6 +85,7 @@ class Verifier:
         self._revocations = Revocations(version=1)
         self._revoked: frozenset[int] = frozenset()
         self._have_list = False
+        self.policy = Policy()
 
     @property
     def revocations(self) -> Revocations:
@@ -145,6 +147,19 @@ class Verifier:
         if certificate.serial in self._revoked:
             raise RemoteProtocolError(RejectReason.REVOKED, certificate.id)
         return certificate
+
+    def check_plan(self, plan: Plan, *, now: int) -> None:
+        """Refuse a plan that is weaker than the pinned policy, or that comes when what pins it has expired.
+
+        Args:
+            plan: verified.
+            now: unix milliseconds.
+
+        Raises:
+            RemoteProtocolError: `BELOW_POLICY` or `STALE_TRUST`.
+        """
+        del now
+        check_plan(plan, self.policy)
 
     def trust(self, authorities: Iterable[Authority]) -> None:
         """Replace the authorities by those that verified trust metadata names; none brings the pinned one back."""
