@@ -13,6 +13,7 @@ import enum
 import inspect
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from fleetfed.shared import errors
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.machine import Machine
 from fleetfed.shared.trust.verifier import SPEAKERS
-from fleetfed.shared.wire import messages, topics
+from fleetfed.shared.wire import masking, messages, privacy, topics
 from fleetfed.shared.wire.envelope import BODY_LIMITS
 
 DOCS = Path(__file__).parent
@@ -102,14 +103,15 @@ def _hint(hint: object) -> str:
     return getattr(hint, "__name__", str(hint)).replace("Any", "anything")
 
 
+def _own_dataclasses(module: types.ModuleType) -> list[type]:
+    found = [each for each in vars(module).values() if isinstance(each, type) and dataclasses.is_dataclass(each)]
+    return [each for each in found if each.__module__ == module.__name__]
+
+
 def message_tables() -> str:
     """Every body, field by field."""
     parts = []
-    for cls in vars(messages).values():
-        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-            continue
-        if cls.__module__ != messages.__name__:
-            continue
+    for cls in (each for module in (messages, masking, privacy) for each in _own_dataclasses(module)):
         hints = typing.get_type_hints(cls, include_extras=True)
         rows = [
             (

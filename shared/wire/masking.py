@@ -122,8 +122,8 @@ class MaskSums:
     Attributes:
         plan, commit: head hashes.
         gateway: whose committed set it is.
-        sums: the sum of the helper's masks, words little-endian: of the whole set, or of each bucket in the order of
-            the reveal.
+        sums: the sum of the helper's masks, words little-endian: of the whole set, or of each bucket, ordered by site
+            and then by index.
     """
 
     plan: Bytes32

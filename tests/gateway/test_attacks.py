@@ -453,7 +453,9 @@ async def test_bytes_that_mean_nothing(bench: Bench) -> None:
             bench.inbound.receive(topic, payload)
     await bench.quiet()
     assert bench.facts() == before
-    assert sum(bench.counters.snapshot().values()) >= 4 * len(topics) - 8
+    # The coordinator's status, its trust metadata and what the node above cosigns for its own devices may go unread.
+    unread = len((Broadcast.STATUS, Broadcast.TRUST, Broadcast.COSIGN))
+    assert sum(bench.counters.snapshot().values()) >= 4 * (len(topics) - unread)
 
 
 async def test_another_devices_message_id(scene: Scene) -> None:

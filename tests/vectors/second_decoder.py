@@ -29,8 +29,12 @@ KINDS = {
     12: "response",
     13: "status",
     14: "revocations",
+    15: "cosign",
+    16: "seal_key",
+    17: "mask_request",
+    18: "mask_sums",
 }
-ROLES = {1: "authority", 2: "coordinator", 3: "gateway", 4: "device", 5: "operator"}
+ROLES = {1: "authority", 2: "coordinator", 3: "gateway", 4: "device", 5: "operator", 6: "helper", 7: "enroller"}
 
 
 def blake(data: bytes) -> bytes:
@@ -148,13 +152,14 @@ def message(data: bytes, authority: bytes) -> dict[str, Any]:
     }
     if kind == "update":
         extension = data[132:extension_end]
-        assert len(extension) == 76
+        assert len(extension) in (76, 76 + 2 * 113, 76 + 3 * 113)
         found["extension"] = {
             **dict(zip(("mode", "suite", "bits", "lane_bits"), extension[:4], strict=True)),
             "dimension": number(extension, 4, 4),
             "meta_words": number(extension, 8, 4),
             "plan": extension[12:44],
             "model_sha256": extension[44:76],
+            "boxes": [extension[at : at + 113] for at in range(76, len(extension), 113)],
         }
         found["body"] = raw
     else:
