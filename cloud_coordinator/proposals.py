@@ -12,7 +12,7 @@ from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.trust.verifier import Verifier
 from fleetfed.shared.wire.envelope import Digest, MessageKind, digest, parse_head
 from fleetfed.shared.wire.messages import Plan
-from fleetfed.shared.wire.selection import selected
+from fleetfed.shared.wire.selection import takes
 from fleetfed.shared.wire.update import PLAIN, UpdateExtension
 
 THREAD_FROM: Final = 64
@@ -80,7 +80,7 @@ def verify_head(raw: bytes, *, current: PlanInForce, verifier: Verifier, now: in
     wanted = (PLAIN, 0, plan.quantization.bits, plan.quantization.lane_bits, current.ring.layout.dimension)
     if shape != wanted or extension.meta_words != current.ring.layout.meta_words:
         raise RemoteProtocolError(RejectReason.WRONG_SHAPE, f"{shape}, the plan says {wanted}")
-    if not selected(current.hash, certificate.id, plan.eligibility.fraction):
+    if not takes(current.hash, certificate.id, plan.eligibility):
         raise RemoteProtocolError(RejectReason.NOT_SELECTED, certificate.id)
     return Member(
         device=certificate.id,

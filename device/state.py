@@ -55,7 +55,7 @@ from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.machine import Edge, Machine, TimerFired
 from fleetfed.shared.wire.envelope import Digest, MessageId
 from fleetfed.shared.wire.messages import DeclineReason, Outcome, Plan
-from fleetfed.shared.wire.selection import selected
+from fleetfed.shared.wire.selection import takes
 
 FIRST_RESEND: Final = 5_000
 """Milliseconds without a receipt until the first repetition; it doubles after each."""
@@ -288,7 +288,7 @@ class DeviceMachine(Machine[DeviceState]):
         out = self._leave()
         self._storing = False
         self._plan, self._plan_hash = plan, event.plan_hash
-        if not selected(event.plan_hash, self._device, plan.eligibility.fraction):
+        if not takes(event.plan_hash, self._device, plan.eligibility):
             return out
         missing = {k: v for k, v in plan.eligibility.labels.items() if self._labels.get(k) != v}
         if missing:

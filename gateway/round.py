@@ -29,7 +29,7 @@ from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.machine import Edge, Machine, TimerFired
 from fleetfed.shared.wire.envelope import Digest, Head, MessageId
 from fleetfed.shared.wire.messages import Life, Mode
-from fleetfed.shared.wire.selection import selected
+from fleetfed.shared.wire.selection import takes
 from fleetfed.shared.wire.topics import Kind
 from fleetfed.shared.wire.update import PLAIN, UpdateExtension
 
@@ -86,7 +86,7 @@ class RoundMachine(Machine[RoundState]):
         self.ring = ring
         self.place = place
         self.rejected: Counter[str] = Counter()
-        self._body_limit = max_body(ring.layout.dimension, ring.limit(1), ring.meta.words)
+        self._body_limit = max_body(ring.layout.dimension, ring.own_limit, ring.meta.words)
         self._opened = now
         self._connected = connected
         self._retry_at: int | None = None
@@ -176,7 +176,7 @@ class RoundMachine(Machine[RoundState]):
         return device in self.record.accepted or device in self.record.declined
 
     def _selected(self, device: str) -> bool:
-        return selected(self.record.hash, device, self.record.plan.eligibility.fraction)
+        return takes(self.record.hash, device, self.record.plan.eligibility)
 
     def _due(self) -> int:
         """When the open round closes, as things stand."""

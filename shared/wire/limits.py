@@ -53,6 +53,8 @@ MAX_PATCH_CHAIN: Final = 16
 
 MAX_TENSORS: Final = 1024
 MAX_REVOKED: Final = 100_000
+MAX_QUARANTINED: Final = 1000
+"""Devices that a plan may set aside."""
 
 MAX_TALLY: Final = 1 << 53
 """Largest count of anything in a census or a proposal: sums of a few still fit 64 bits, and a float holds it."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.codec import Length, Range
+from fleetfed.shared.wire.defence import Defence
 from fleetfed.shared.wire.fields import (
     Bytes16,
     Bytes32,
@@ -156,11 +157,13 @@ class Eligibility:
             device, gateway and coordinator agree.
         labels: what the device's own labels must contain.
         minimum_examples: fewest training examples.
+        quarantined: devices that are set aside, whatever else holds, until an operator lifts it.
     """
 
     fraction: Fraction = 1.0
     labels: Annotated[dict[str, str], Length(0, 32)] = field(default_factory=dict)
     minimum_examples: Annotated[int, Range(0, 1e12)] = 1
+    quarantined: Annotated[tuple[Id, ...], Length(0, limits.MAX_QUARANTINED)] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +215,7 @@ class Plan:
         nonce: random; makes each round's selection its own.
         split: how updates are masked; present in split mode, and only there.
         privacy: the differential privacy that devices, gateways and coordinator uphold; None for none.
+        defence: how leaf gateways meet outliers, in plain mode; None for not at all.
         policy: version of the pinned policy that it was made under; 0 where the fleet has none.
     """
 
@@ -232,6 +236,7 @@ class Plan:
     nonce: Bytes16
     split: Split | None = None
     privacy: Privacy | None = None
+    defence: Defence | None = None
     policy: Count = 0
 
 
@@ -300,6 +305,7 @@ class Proposal:
 
     Attributes:
         nonces: of every leaf gateway in the subtree that deals masked updates into buckets, the hash of its nonce.
+        outliers: devices whose updates the plan's defence left out, with their scores.
     """
 
     plan: Bytes32
@@ -307,6 +313,7 @@ class Proposal:
     declined: Annotated[dict[Label, Tally], Length(0, 64)] = field(default_factory=dict)
     rejected: Annotated[dict[Label, Tally], Length(0, 64)] = field(default_factory=dict)
     nonces: Annotated[tuple[NonceHash, ...], Length(0, limits.MAX_COHORT)] = ()
+    outliers: Annotated[dict[Id, float], Length(0, limits.MAX_COHORT)] = field(default_factory=dict)
 
 
 def max_proposal(cohort_cap: int) -> int:

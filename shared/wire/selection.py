@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fleetfed.shared.wire.envelope import Digest, digest
+from fleetfed.shared.wire.messages import Eligibility
 
 _SPAN = 2**64
 
@@ -17,3 +18,14 @@ def selected(plan: Digest, device: str, fraction: float) -> bool:
     """
     draw = int.from_bytes(digest(b"ff-select" + plan + device.encode())[:8], "little")
     return draw < fraction * _SPAN
+
+
+def takes(plan: Digest, device: str, eligibility: Eligibility) -> bool:
+    """Whether a round takes ``device``: it is selected, and not quarantined.
+
+    Args:
+        plan: head hash of the plan.
+        device: the device's id.
+        eligibility: the plan's.
+    """
+    return device not in eligibility.quarantined and selected(plan, device, eligibility.fraction)
