@@ -335,8 +335,8 @@ class Inbound:
                 manifest, _, _ = self._open(payload, Manifest, MessageKind.MANIFEST)
                 self._relay.offer(manifest, payload)
             case BroadcastTopic(what=Broadcast.REVOKED) if payload:
-                revocations, _, _ = self._open(payload, Revocations, MessageKind.REVOCATIONS)
-                if self._verifier.revoke(revocations):
+                revocations, _, by = self._open(payload, Revocations, MessageKind.REVOCATIONS)
+                if self._verifier.revoke(revocations, by=by):
                     self._revoked(payload)
             case BroadcastTopic(what=Broadcast.NODE) if payload:
                 self._node(codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE))

@@ -252,8 +252,8 @@ class ControlClient:
                         await self._publish_pending()
                 case BroadcastTopic(what=Broadcast.REVOKED):
                     now = unix_ms()
-                    news, _, _ = self._verifier.open(payload, Revocations, kind=MessageKind.REVOCATIONS, now=now)
-                    self._verifier.revoke(news)
+                    news, _, by = self._verifier.open(payload, Revocations, kind=MessageKind.REVOCATIONS, now=now)
+                    self._verifier.revoke(news, by=by)
                 case BroadcastTopic(what=Broadcast.STATUS):
                     status, _, _ = self._verifier.open(payload, Status, kind=MessageKind.STATUS, now=unix_ms())
                     async with self._news:

@@ -24,6 +24,10 @@ _VERSION: Final = 1
 _FIXED: Final = struct.Struct("<4sBBQQQ32s16s")
 _CONTEXT: Final = b"fleetfed/1 certificate\0"
 
+SERIALS: Final = 1 << 32
+"""How many serial numbers an issuer has. Whoever's own certificate has the serial number s gives out those from
+s * SERIALS on, the offline authority (serial 0) those from 0: so no two issuers ever give out the same."""
+
 
 class Role(IntEnum):
     """What a key may be used for."""
@@ -45,7 +49,7 @@ class Certificate:
     """Binds a public key to an id.
 
     Attributes:
-        serial: unique per authority; what a revocation names.
+        serial: unique over all issuers, see `SERIALS`; what a revocation names.
         role: what the key may be used for.
         fleet: the fleet's name.
         id: the member's id, which is also its MQTT user name, client id and TLS common name.

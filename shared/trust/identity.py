@@ -3,7 +3,7 @@
 ::
 
     identity/
-      fleet.toml        fleet name, member id, role, site, authority public key (hex)
+      fleet.toml        fleet name, member id, role, site, authority public key (hex); who else may certify devices
       signing.key       Ed25519 seed, 0600
       certificate.bin   the fleet certificate of that key
       tls/ca.pem  tls/cert.pem  tls/key.pem      for the broker's TLS
@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from fleetfed.shared.trust import certificates
 from fleetfed.shared.trust.certificates import Certificate, Role
 from fleetfed.shared.trust.keys import SigningKey
 from fleetfed.shared.trust.signer import Signer
-from fleetfed.shared.trust.verifier import Verifier
+from fleetfed.shared.trust.verifier import Authority, Verifier
 
 FLEET_FILE: Final = "fleet.toml"
 KEY_FILE: Final = "signing.key"
@@ -33,12 +34,24 @@ TLS_DIRECTORY: Final = "tls"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """One member: its key, its certificate and the authority that it trusts."""
+    """One member: its key, its certificate and the authority that it trusts.
+
+    Attributes:
+        key: the signing key.
+        certificate, encoded_certificate: of that key.
+        authority_key: the offline authority's public key.
+        issuer_key: who issued the certificate, where it was an enrolment service; else empty.
+        enrollers: public keys of the enrolment services whose devices count here; trust metadata replaces them.
+        spent: participations with which this member's privacy ledger begins (docs/enrolment.md).
+    """
 
     key: SigningKey
     certificate: Certificate
     encoded_certificate: bytes
     authority_key: bytes
+    issuer_key: bytes = b""
+    enrollers: tuple[bytes, ...] = ()
+    spent: int = 0
 
     @classmethod
     def load(cls, directory: Path, *, role: Role | None = None) -> Identity:
@@ -51,13 +64,16 @@ class Identity:
             fleet = tomllib.loads((directory / FLEET_FILE).read_text())
             encoded = (directory / CERTIFICATE_FILE).read_bytes()
             authority = bytes.fromhex(fleet["authority"])
+            issuer = bytes.fromhex(fleet.get("issuer", ""))
+            enrollers = tuple(bytes.fromhex(each) for each in fleet.get("enrollers", []))
+            spent = int(fleet.get("spent", 0))
         except OSError as error:
             raise ConfigError(f"{error.filename}: {error.strerror}; make it with `fleetfed keys issue`") from error
         except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{directory / FLEET_FILE}: {error}") from error
         key = SigningKey.load(directory / KEY_FILE)
         try:
-            certificate = certificates.verify(encoded, authority)
+            certificate = certificates.verify(encoded, issuer or authority)
         except RemoteProtocolError as error:
             raise ConfigError(f"{directory / CERTIFICATE_FILE}: {error}") from error
         if certificate.public_key != key.public:
@@ -67,20 +83,37 @@ class Identity:
                 f"{directory}: {certificate.id} has the role {certificate.role.name.lower()}, "
                 f"this program needs {role.name.lower()}"
             )
-        return cls(key=key, certificate=certificate, encoded_certificate=encoded, authority_key=authority)
+        if issuer and certificate.role is not Role.DEVICE:
+            raise ConfigError(f"{directory}: an enrolment service may certify devices alone; issue the identity again")
+        return cls(
+            key=key,
+            certificate=certificate,
+            encoded_certificate=encoded,
+            authority_key=authority,
+            issuer_key=issuer,
+            enrollers=enrollers,
+            spent=spent,
+        )
 
     def save(self, directory: Path) -> None:
         """Write the identity folder, less its TLS files."""
         certificate = self.certificate
         self.key.save(directory / KEY_FILE)
         write_atomic(directory / CERTIFICATE_FILE, self.encoded_certificate)
-        lines = (
+        lines = [
             f'fleet = "{certificate.fleet}"',
             f'id = "{certificate.id}"',
             f'role = "{certificate.role.name.lower()}"',
             f'site = "{certificate.site}"',
             f'authority = "{self.authority_key.hex()}"',
-        )
+        ]
+        if self.issuer_key:
+            lines.append(f'issuer = "{self.issuer_key.hex()}"')
+        if self.enrollers:
+            # A list of texts is the same in TOML as in JSON.
+            lines.append(f"enrollers = {json.dumps([each.hex() for each in self.enrollers])}")
+        if self.spent:
+            lines.append(f"spent = {self.spent}")
         write_atomic(directory / FLEET_FILE, "\n".join((*lines, "")).encode())
 
     def signer(self, *, sequence: Callable[[], int], randomness: Callable[[int], bytes]) -> Signer:
@@ -88,5 +121,9 @@ class Identity:
         return Signer(self.key, self.certificate, self.encoded_certificate, sequence=sequence, randomness=randomness)
 
     def verifier(self) -> Verifier:
-        """A verifier that trusts this identity's authority."""
-        return Verifier(self.certificate.fleet, self.authority_key)
+        """A verifier that trusts this identity's authority, and for devices the enrolment services that it names."""
+        verifier = Verifier(self.certificate.fleet, self.authority_key)
+        if self.enrollers:
+            pinned = Authority(self.authority_key, frozenset(Role))
+            verifier.trust([pinned, *(Authority(each, frozenset({Role.DEVICE})) for each in self.enrollers)])
+        return verifier

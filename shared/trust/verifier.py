@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
@@ -22,6 +22,7 @@ from fleetfed.shared.trust.keys import signature_is_good
 from fleetfed.shared.trust.policy import Policy, check_plan
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.envelope import Head, MessageKind, fleet_id, key_id, open_body, parse_head, signed_bytes
+from fleetfed.shared.wire.limits import MAX_REVOKED
 from fleetfed.shared.wire.messages import Plan, Revocations
 
 T = TypeVar("T")
@@ -92,11 +93,15 @@ class Verifier:
         """The list in force."""
         return self._revocations
 
-    def revoke(self, revocations: Revocations) -> bool:
+    def revoke(self, revocations: Revocations, *, by: Certificate | None = None) -> bool:
         """Take a verified list; return whether it is news.
 
+        Args:
+            revocations: the list.
+            by: who signed it. The list of an enroller only adds to the one in force: nobody comes back by it.
+
         Raises:
-            RemoteProtocolError: `REPLAYED`: older than the list in force.
+            RemoteProtocolError: `REPLAYED`: older than the list in force; `TOO_LARGE`: it would add too many.
         """
         if self._have_list:
             if revocations.version < self._revocations.version:
@@ -105,6 +110,11 @@ class Verifier:
                 )
             if revocations.version == self._revocations.version:
                 return False
+        if by is not None and by.role is Role.ENROLLER:
+            every = self._revoked.union(revocations.serials)
+            if len(every) > 2 * MAX_REVOKED:
+                raise RemoteProtocolError(RejectReason.TOO_LARGE, f"{len(every)} revoked serials in all")
+            revocations = replace(revocations, serials=tuple(sorted(every)))
         self._revocations = revocations
         self._revoked = frozenset(revocations.serials)
         self._have_list = True
@@ -124,7 +134,8 @@ class Verifier:
             RemoteProtocolError: it is damaged, or another fleet's.
         """
         issued = parse_head(data).header.issued_at
-        self.revoke(self.open(data, Revocations, kind=MessageKind.REVOCATIONS, now=issued or now)[0])
+        revocations, _, by = self.open(data, Revocations, kind=MessageKind.REVOCATIONS, now=issued or now)
+        self.revoke(revocations, by=by)
 
     def certificate(self, encoded: bytes, *, now: int) -> Certificate:
         """Verify a certificate: authority, fleet, time, revocation.
