@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import secrets
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,19 @@ import numpy as np
 
 from fleetfed.shared.aggregate.accumulator import Ring
 from fleetfed.shared.aggregate.body import encode_body
-from fleetfed.shared.aggregate.lanes import levels
+from fleetfed.shared.aggregate.lanes import Values, Words, levels
 from fleetfed.shared.aggregate.meta import Contribution
 from fleetfed.shared.model.card import Initializer, InitializerKind, ModelCard
 from fleetfed.shared.model.table import TensorSlot, WeightTable
+from fleetfed.shared.secure import split as masked
+from fleetfed.shared.secure.box import Reader, SealSecret
 from fleetfed.shared.trust.certificates import Certificate, Role, issue
 from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.keys import SigningKey
 from fleetfed.shared.trust.signer import Message, Signer
 from fleetfed.shared.wire.blobs import Publishable, publishable
-from fleetfed.shared.wire.envelope import Digest, MessageKind
+from fleetfed.shared.wire.envelope import Digest, Head, Header, MessageKind
+from fleetfed.shared.wire.masking import Cosign, SealKey, Split
 from fleetfed.shared.wire.messages import (
     Commit,
     Decline,
@@ -40,7 +44,7 @@ from fleetfed.shared.wire.messages import (
     Revocations,
     RoundEnd,
 )
-from fleetfed.shared.wire.update import UpdateExtension
+from fleetfed.shared.wire.update import BOX_SIZE, EXTENSION_SIZE, SPLIT, UpdateExtension
 
 YEAR = 366 * 86_400_000
 T0 = 1_800_000_000_000
@@ -56,6 +60,7 @@ class SignedFleet:
         now: what messages are dated with; tests move it.
         sizes: values per tensor of the model.
         bits, cohort: of every plan, unless told otherwise.
+        owners: member to owner, for certificates that are made from now on.
     """
 
     name: str = "demo"
@@ -64,9 +69,11 @@ class SignedFleet:
     bits: int = 8
     lane_bits: int = 32
     cohort: int = 100
+    owners: dict[str, str] = field(default_factory=dict)
     authority: SigningKey = field(default_factory=SigningKey.generate)
     _identities: dict[str, Identity] = field(default_factory=dict)
     _signers: dict[str, Signer] = field(default_factory=dict)
+    _seals: dict[str, SealSecret] = field(default_factory=dict)
     _serials: Any = field(default_factory=lambda: itertools.count(1))
 
     def identity(self, name: str, role: Role, site: str) -> Identity:
@@ -79,6 +86,7 @@ class SignedFleet:
                 fleet=self.name,
                 id=name,
                 site=site,
+                owner=self.owners.get(name, ""),
                 not_before=T0 - 10 * YEAR,
                 not_after=T0 + 10 * YEAR,
                 public_key=key.public,
@@ -174,7 +182,7 @@ class SignedFleet:
             ),
             eligibility=Eligibility(fraction=changes.pop("fraction", 1.0)),
             quorum=quorum,
-            mode=Mode.PLAIN,
+            mode=Mode.SPLIT if changes.get("split") else Mode.PLAIN,
             tiers=changes.pop("tiers", 1),
             opened=self.now,
             deadline=self.now + changes.pop("deadline", 60_000),
@@ -184,14 +192,57 @@ class SignedFleet:
         plan = replace(plan, **changes)
         return plan, self.coordinator.sign(MessageKind.PLAN, plan, now=self.now, round=round)
 
+    def seal(self, member: str = "c-main") -> SealSecret:
+        """The X25519 keys of whoever opens boxes: the coordinator ``c-main``, the helper ``h-main``, or a gateway that
+        is a script; the same for the same name."""
+        if member not in self._seals:
+            self._seals[member] = SealSecret.from_bytes(secrets.token_bytes(32))
+        return self._seals[member]
+
+    def split(self, *, helper: bool = False, **changes: Any) -> Split:
+        """How a plan masks updates; with a helper there are two seed holders. For ``plan(split=...)``."""
+        return Split(**{"seal_key": self.seal().public, "helper": self.seal_key() if helper else b"", **changes})
+
+    def seal_key(self) -> bytes:
+        """The helper's signed key."""
+        body = SealKey(helper="h-main", seal_key=self.seal("h-main").public)
+        signer = self.signer("h-main", Role.HELPER, "_")
+        return signer.sign(MessageKind.SEAL_KEY, body, now=self.now, lifetime=YEAR).encode()
+
+    def cosign(self, gateway: str, plan: Plan, hash: Digest, *, site: str, key: bytes | None = None) -> Message:
+        """A gateway's signed word for a plan; ``key`` instead of its `seal`."""
+        body = Cosign(plan=hash, seal_key=self.seal(gateway).public if key is None else key)
+        return self.signer(gateway, Role.GATEWAY, site).sign(
+            MessageKind.COSIGN, body, now=self.now, round=plan.round, lifetime=plan.expires - self.now
+        )
+
+    def unmask(self, heads: Iterable[Head], words: bytes | Words, *, helper: bool = False) -> tuple[Values, Words]:
+        """What coordinator and helper make of a revealed sum over the updates with these heads: values and meta."""
+        total = np.frombuffer(words, dtype="<u8").astype(np.uint64)
+        readers = [(Reader.COORDINATOR, self.seal()), *([(Reader.HELPER, self.seal("h-main"))] if helper else [])]
+        for head in heads:
+            for reader, secret in readers:
+                key = masked.mask_key(masked.open_seed(head, reader, secret), masked.binding_of(head))
+                masked.add_masks(total, [key], negate=True)
+        return self.ring.layout.unpack(total)
+
     def end(self, round: int, plan: bytes) -> bytes:
         """The signed end of a round."""
         body = RoundEnd(round=round, plan=plan, outcome=Outcome.COMMITTED, version=round + 1)
         return self.coordinator.sign(MessageKind.ROUND_END, body, now=self.now, round=round).encode()
 
-    def commit(self, plan: bytes, proposal: bytes, members: list[bytes], *, gateway: str, round: int = 1) -> Message:
+    def commit(
+        self,
+        plan: bytes,
+        proposal: bytes,
+        members: Sequence[bytes],
+        *,
+        gateway: str,
+        round: int = 1,
+        nonce: bytes = bytes(16),
+    ) -> Message:
         """The signed final set."""
-        body = Commit(plan=plan, gateway=gateway, proposal=proposal, members=b"".join(sorted(members)))
+        body = Commit(plan=plan, gateway=gateway, proposal=proposal, members=b"".join(sorted(members)), nonce=nonce)
         return self.coordinator.sign(MessageKind.COMMIT, body, now=self.now, round=round)
 
     def receipt(self, message: Any, *, signer: Signer | None = None, reason: Any = None) -> bytes:
@@ -231,10 +282,10 @@ class SignedFleet:
         values[number % values.size] = 1 + number // values.size % levels(self.bits)
         return values
 
-    def body(self, values: Any, *, weight: int = 10, limit: int | None = None) -> bytes:
-        """An update's body."""
+    def meta(self, *, weight: int = 10) -> Words:
+        """One device's meta words."""
         tensors = len(self.sizes)
-        meta = self.ring.meta.encode(
+        return self.ring.meta.encode(
             Contribution(
                 weight=weight,
                 examples=weight,
@@ -243,7 +294,10 @@ class SignedFleet:
                 log2_rms=(-3.0,) * tensors,
             )
         )
-        return encode_body(values, meta, limit=limit or levels(self.bits))
+
+    def body(self, values: Any, *, weight: int = 10, limit: int | None = None) -> bytes:
+        """A plain update's body."""
+        return encode_body(values, self.meta(weight=weight), limit=limit or levels(self.bits))
 
     def extension(self, plan: Plan, hash: Digest, **changes: Any) -> bytes:
         """An update's extension."""
@@ -283,6 +337,64 @@ class SignedFleet:
             round=plan.round if round is None else round,
             lifetime=lifetime,
             extension=self.extension(plan, hash, **extension),
+        )
+
+    def split_update(
+        self,
+        device: str,
+        plan: Plan,
+        hash: Digest,
+        *,
+        gateway_key: bytes,
+        number: int = 0,
+        words: Words | None = None,
+        site: str = "north",
+        round: int | None = None,
+        lifetime: int = 120_000,
+        change: Callable[[Header, bytes, tuple[bytes, ...]], tuple[bytes, tuple[bytes, ...]]] | None = None,
+        boxes: int | None = None,
+        **extension: Any,
+    ) -> Message:
+        """A signed masked update.
+
+        Args:
+            device: who sends it, of ``site``.
+            plan, hash: with masks; a helper in it makes three boxes.
+            gateway_key: from the cosignature of the plan.
+            number: which `values` it has.
+            words: to mask in the place of those, uint64 of shape (n_words,); not changed.
+            round, lifetime, extension: as of `update`.
+            change: given header, body and boxes, returns another body and boxes of the same sizes: a device that lies.
+            boxes: how many there will be, where ``change`` returns fewer or more than are due.
+        """
+        assert plan.split is not None
+        contribution = self.ring.layout.pack(self.values(number), self.meta()) if words is None else words.copy()
+        seed_keys = [(Reader.COORDINATOR, plan.split.seal_key)]
+        if plan.split.helper:
+            seed_keys.append((Reader.HELPER, self.seal("h-main").public))
+
+        def fill(header: Header) -> tuple[bytes, bytes]:
+            fixed = self.extension(plan, hash, **{"mode": SPLIT, "suite": plan.split.suite, **extension})
+            body, sealed = masked.mask(
+                contribution,
+                masked.binding(header, fixed),
+                gateway_key=gateway_key,
+                seed_keys=seed_keys,
+                randomness=secrets.token_bytes,
+                hedge=hashlib.sha256(device.encode()).digest(),
+            )
+            if change is not None:
+                body, sealed = change(header, body, sealed)
+            return body, fixed + b"".join(sealed)
+
+        return self.signer(device, Role.DEVICE, site).sign_bound(
+            MessageKind.UPDATE,
+            fill,
+            body_size=masked.body_size(contribution.size),
+            extension_size=EXTENSION_SIZE + BOX_SIZE * (1 + len(seed_keys) if boxes is None else boxes),
+            now=self.now,
+            round=plan.round if round is None else round,
+            lifetime=lifetime,
         )
 
     def decline(self, device: str, plan: Plan, hash: Digest) -> Message:
