@@ -185,7 +185,7 @@ def decode_values(body: bytes | memoryview, ring: Ring) -> tuple[Values, Words]:
         RemoteProtocolError: as `decode_update`.
     """
     layout = ring.layout
-    values, meta = decode_body(body, dimension=layout.dimension, limit=ring.limit(1), meta_words=layout.meta_words)
+    values, meta = decode_body(body, dimension=layout.dimension, limit=ring.own_limit, meta_words=layout.meta_words)
     ring.meta.decode(meta, count=1)
     return values, meta
 

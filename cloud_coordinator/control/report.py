@@ -32,7 +32,7 @@ def meta_metrics(meta: MetaSum) -> dict[str, float]:
 
     A device trains and measures *before* the version exists: its holdout metrics are of the model it trained.
     """
-    metrics = {"training_loss": meta.training_loss}
+    metrics = {} if meta.training_loss is None else {"training_loss": meta.training_loss}
     if meta.holdout_accuracy is not None and meta.holdout_loss is not None:
         metrics |= {"holdout_accuracy": meta.holdout_accuracy, "holdout_loss": meta.holdout_loss}
     return metrics
@@ -52,8 +52,10 @@ def round_report(
             kept = total.most_common(_LABELS)
             found[name] = {label: min(count, limits.MAX_TALLY) for label, count in sorted(kept)}
     found |= metrics
-    if meta is not None:
+    if meta is not None and meta.clipped:
         found |= {"examples": meta.examples, "clipped": max(meta.clipped)}
+    if meta is not None and meta.beyond is not None:
+        found["beyond_clip"] = meta.beyond
     return found
 
 

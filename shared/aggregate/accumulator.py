@@ -14,6 +14,7 @@ of words, whatever the number of contributors; it may be a memory map.
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from dataclasses import dataclass
 from typing import Final
@@ -22,12 +23,41 @@ import numpy as np
 
 from fleetfed.shared.aggregate.body import decode_body, encode_body, max_body
 from fleetfed.shared.aggregate.lanes import LaneLayout, Values, Words, levels
-from fleetfed.shared.aggregate.meta import MetaLayout, MetaSum
+from fleetfed.shared.aggregate.meta import MetaLayout, MetaSum, PrivateMeta
 from fleetfed.shared.errors import LocalProtocolError, RejectReason, RemoteProtocolError, StorageError
 
 _SNAPSHOT: Final = struct.Struct("<4sBBHIIQQ")
 _MAGIC: Final = b"FFA1"
 _DIGEST: Final = 32
+_HEADROOM: Final = 8
+"""Standard deviations of noise that a lane has room for: one coordinate in 10**15 exceeds it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingNoise:
+    """The noise that sums of a round carry when they travel; what the coordinator adds at the end is no part of it.
+
+    Attributes:
+        each: standard deviation of what every contribution brings along.
+        whole: of what gateways add to all of the round's sums together.
+        adaptive: whether contributions say if they were beyond the clip.
+        each_flag, whole_flag: the same deviations for the sum of what they say.
+    """
+
+    each: float = 0.0
+    whole: float = 0.0
+    adaptive: bool = False
+    each_flag: float = 0.0
+    whole_flag: float = 0.0
+
+    def slack(self, count: int) -> int:
+        """How far the noise in ``count`` contributions' sum may carry a lane."""
+        return math.ceil(_HEADROOM * math.hypot(self.whole, self.each * math.sqrt(count)))
+
+    def meta(self, count: int) -> PrivateMeta:
+        """The meta words of up to ``count`` contributions."""
+        slack = math.ceil(_HEADROOM * math.hypot(self.whole_flag, self.each_flag * math.sqrt(count)))
+        return PrivateMeta(adaptive=self.adaptive, slack=slack)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +68,13 @@ class Ring:
         layout: lanes and meta words.
         meta: what the meta words may say.
         bits: signed bits of one contribution's values.
+        noise: what noise the lanes have to hold beside them; None for a round without differential privacy.
     """
 
     layout: LaneLayout
     meta: MetaLayout
     bits: int
+    noise: RingNoise | None = None
 
     def __post_init__(self) -> None:
         if self.layout.meta_words != self.meta.words or self.layout.dimension != sum(self.meta.sizes):
@@ -50,19 +82,42 @@ class Ring:
         levels(self.bits)
 
     @classmethod
-    def of(cls, sizes: tuple[int, ...], *, bits: int, lane_bits: int, weight_cap: int) -> Ring:
-        """Return the ring of a plan; ``sizes`` come from the model card."""
-        meta = MetaLayout(sizes, weight_cap)
-        return cls(LaneLayout(sum(sizes), lane_bits, meta.words), meta, bits)
+    def of(
+        cls,
+        sizes: tuple[int, ...],
+        *,
+        bits: int,
+        lane_bits: int,
+        weight_cap: int,
+        noise: RingNoise | None = None,
+        most: int = 1,
+    ) -> Ring:
+        """Return the ring of a plan; ``sizes`` come from the model card, ``most`` is its cohort's limit."""
+        meta = MetaLayout(sizes, weight_cap, None if noise is None else noise.meta(most))
+        return cls(LaneLayout(sum(sizes), lane_bits, meta.words), meta, bits, noise)
 
     @property
     def capacity(self) -> int:
         """Most contributions of which no lane can overflow."""
-        return self.layout.lane_max // levels(self.bits)
+        most = self.layout.lane_max // levels(self.bits)
+        if self.noise is None or self.limit(most) <= self.layout.lane_max:
+            return most
+        low, high = 0, most
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.limit(middle) <= self.layout.lane_max else (low, middle)
+        return low
+
+    @property
+    def own_limit(self) -> int:
+        """Largest magnitude of a value as its device sends it."""
+        if self.noise is None:
+            return levels(self.bits)
+        return levels(self.bits) + RingNoise(each=self.noise.each).slack(1)
 
     def limit(self, count: int) -> int:
-        """Largest magnitude that a lane's sum of ``count`` contributions can have."""
-        return count * levels(self.bits)
+        """Largest magnitude that a lane's sum of ``count`` contributions can have when it travels."""
+        return count * levels(self.bits) + (0 if self.noise is None else self.noise.slack(count))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

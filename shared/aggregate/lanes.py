@@ -46,25 +46,29 @@ def levels(bits: int) -> int:
     return (1 << (bits - 1)) - 1
 
 
-def choose_lane_bits(bits: int, cohort_cap: int, guard_bits: int = 1) -> int:
+def choose_lane_bits(bits: int, cohort_cap: int, guard_bits: int = 1, *, noise: int = 0) -> int:
     """Return the widest lane of the cheapest layout in which a full cohort cannot overflow.
 
-    The rule is ``cohort_cap * (2**(bits-1) - 1) <= 2**(k-1-guard_bits) - 1``. Among the widths with the same number of
-    lanes per word the widest costs nothing more, so that one is taken.
+    The rule is ``cohort_cap * (2**(bits-1) - 1) + noise <= 2**(k-1-guard_bits) - 1``. Among the widths with the same
+    number of lanes per word the widest costs nothing more, so that one is taken.
 
     Args:
         bits: signed quantization bits, 2..16.
         cohort_cap: most contributions that will ever be added.
         guard_bits: bits kept free, so that a wrong sum fails the range check instead of passing for a right one.
+        noise: how far noise may carry a lane beside the contributions (`accumulator.RingNoise.slack`).
 
     Raises:
         ValueError: an argument is out of range, or no lane of 64 bits is wide enough.
     """
     if cohort_cap < 1 or guard_bits < 0:
         raise ValueError(f"need cohort_cap >= 1 and guard_bits >= 0, not {cohort_cap} and {guard_bits}")
-    needed = (cohort_cap * levels(bits)).bit_length() + 1 + guard_bits
+    needed = (cohort_cap * levels(bits) + noise).bit_length() + 1 + guard_bits
     if needed > WORD_BITS:
-        raise ValueError(f"{cohort_cap} contributions of {bits} bits need lanes of {needed} bits; a word has 64")
+        noised = f" with noise up to {noise}" if noise else ""
+        raise ValueError(
+            f"{cohort_cap} contributions of {bits} bits{noised} need lanes of {needed} bits; a word has 64"
+        )
     lanes = WORD_BITS // max(needed, MIN_LANE_BITS)
     return WORD_BITS // lanes
 

@@ -16,7 +16,13 @@ log2_rms (T words)    per tensor, log2 of the weighted delta's rms plus 24, in u
 ====================  =========================================================================================
 
 One contribution's word is below 2**46, so that the sum over the largest cohort (100,000, below 2**17) stays below
-2**63. Everything a coordinator may want is a ratio of two sums, so no tier ever averages averages; the mean of
+2**63. Under differential privacy every number that leaves a device would have to be clipped, noised and paid for, so
+only two words are left (`MetaLayout.private`)::
+
+    count     1: who takes part is public, only what they say is protected
+    beyond    +1 if the delta was longer than the clip, -1 if not, 0 where the clip is fixed; noised like the values
+
+Everything a coordinator may want is a ratio of two sums, so no tier ever averages averages; the mean of
 log2_rms is the log of the geometric mean, which one outlier moves little and the range of 32 bounds.
 """
 
@@ -37,6 +43,8 @@ _LOG_LOW: Final = -24
 _LOG_SPAN: Final = 32
 _WORD_CAP: Final = (1 << 46) - 1
 _SCALARS: Final = 7
+_PRIVATE: Final = 2
+_MODULUS: Final = 1 << 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,23 +80,40 @@ class MetaSum:
         count: contributions.
         weight: summed weights.
         examples: training examples seen in all.
-        training_loss: weighted mean of the devices' training losses.
+        training_loss: weighted mean of the devices' training losses; None under differential privacy, as all that
+            follows but ``beyond``.
         holdout_examples: held-out examples in all.
         holdout_accuracy: over all held-out examples; None if there are none.
         holdout_loss: mean over all held-out examples; None if there are none.
         clipped: per tensor, the fraction of the coordinates of all contributions that were clipped.
         log2_rms: per tensor, mean over the contributions.
+        beyond: under differential privacy with a clip that adapts: the noised fraction of the contributions that were
+            longer than it, perhaps below 0 or above 1; None elsewhere.
     """
 
     count: int
     weight: int
     examples: int
-    training_loss: float
+    training_loss: float | None
     holdout_examples: int
     holdout_accuracy: float | None
     holdout_loss: float | None
     clipped: tuple[float, ...]
     log2_rms: tuple[float, ...]
+    beyond: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivateMeta:
+    """The meta words of a round under differential privacy.
+
+    Attributes:
+        adaptive: whether devices say if they were beyond the clip.
+        slack: how far noise may carry the sum of what they say.
+    """
+
+    adaptive: bool = False
+    slack: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +123,12 @@ class MetaLayout:
     Attributes:
         sizes: coordinates of each tensor.
         weight_cap: largest weight that the plan allows.
+        private: the reduced words of a round under differential privacy; None for all of them.
     """
 
     sizes: tuple[int, ...]
     weight_cap: int = 1
+    private: PrivateMeta | None = None
 
     def __post_init__(self) -> None:
         if not self.sizes or min(self.sizes) < 1 or not 1 <= self.weight_cap <= _WORD_CAP:
@@ -110,7 +137,18 @@ class MetaLayout:
     @property
     def words(self) -> int:
         """M, meta words."""
-        return meta_words(len(self.sizes))
+        return _PRIVATE if self.private is not None else meta_words(len(self.sizes))
+
+    def encode_private(self, *, beyond: bool) -> Words:
+        """Return one contribution's meta words under differential privacy: uint64 of shape (words,)."""
+        assert self.private is not None
+        said = (1 if beyond else -1) if self.private.adaptive else 0
+        return self.shift(1, said)
+
+    @staticmethod
+    def shift(count: int, said: int) -> Words:
+        """The words of ``count`` contributions that said so much, or of noise (of no contribution)."""
+        return np.array([count, said % _MODULUS], dtype=np.uint64)
 
     def encode(self, contribution: Contribution) -> Words:
         """Return one contribution's meta words: uint64 of shape (words,).
@@ -120,6 +158,7 @@ class MetaLayout:
         Raises:
             ValueError: a count is out of range, a loss is negative or NaN, or a tuple has the wrong length.
         """
+        assert self.private is None
         c, t = contribution, len(self.sizes)
         if not 1 <= c.weight <= self.weight_cap or c.examples < 0:
             raise ValueError(f"weight {c.weight} of at most {self.weight_cap}, examples {c.examples}")
@@ -156,14 +195,13 @@ class MetaLayout:
             raise RemoteProtocolError(
                 RejectReason.WRONG_SHAPE, f"meta is {words.dtype} of {words.shape}, not uint64 of ({self.words},)"
             )
+        if self.private is not None:
+            return self._decode_private(int(words[0]), int(words[1]), count, self.private)
         values = [int(word) for word in words]
         n, weight, examples, training, held, correct, loss = values[:_SCALARS]
         t = len(self.sizes)
         clipped, logs = values[_SCALARS : _SCALARS + t], values[_SCALARS + t :]
-        if n == 0 and count in (None, 0):
-            raise RemoteProtocolError(RejectReason.BELOW_MINIMUM, "a sum of no contributions")
-        if count is not None and n != count:
-            raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, f"the count word says {n}, the list has {count}")
+        _check_count(n, count)
         _check("weight", weight, n, n * self.weight_cap)
         for name, value in (("examples", examples), ("training_loss", training), ("holdout_loss", loss)):
             _check(name, value, 0, n * _WORD_CAP)
@@ -184,6 +222,24 @@ class MetaLayout:
             log2_rms=tuple(log / _LOG_UNIT / n + _LOG_LOW for log in logs),
         )
 
+    def _decode_private(self, n: int, word: int, count: int | None, private: PrivateMeta) -> MetaSum:
+        _check_count(n, count)
+        said = word - _MODULUS if word >= _MODULUS // 2 else word
+        most = (n if private.adaptive else 0) + private.slack
+        _check("beyond", said, -most, most)
+        return MetaSum(
+            count=n,
+            weight=n,
+            examples=0,
+            training_loss=None,
+            holdout_examples=0,
+            holdout_accuracy=None,
+            holdout_loss=None,
+            clipped=(),
+            log2_rms=(),
+            beyond=(said / n + 1) / 2 if private.adaptive else None,
+        )
+
 
 def meta_words(tensors: int) -> int:
     """Return M for a model of so many tensors."""
@@ -200,6 +256,13 @@ def _log_word(value: float) -> int:
     if math.isnan(value):
         raise ValueError("log2_rms is NaN")
     return round((min(max(value - _LOG_LOW, 0.0), float(_LOG_SPAN))) * _LOG_UNIT)
+
+
+def _check_count(n: int, count: int | None) -> None:
+    if n == 0 and count in (None, 0):
+        raise RemoteProtocolError(RejectReason.BELOW_MINIMUM, "a sum of no contributions")
+    if count is not None and n != count:
+        raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, f"the count word says {n}, the list has {count}")
 
 
 def _check(name: str, value: int, low: int, high: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fleetfed.shared.aggregate.accumulator import Ring
 from fleetfed.shared.aggregate.quantize import Grid
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
+from fleetfed.shared.privacy.mechanism import check_privacy, ring_noise
 from fleetfed.shared.wire.messages import Mode, Plan
 
 
@@ -42,8 +43,14 @@ def scheme_of(plan: Plan, sizes: tuple[int, ...]) -> Scheme:
             )
         if (plan.mode is Mode.SPLIT) != (plan.split is not None):
             raise ValueError(f"a plan in {plan.mode} mode {'without' if plan.split is None else 'with'} masks")
+        check_privacy(plan)
         ring = Ring.of(
-            sizes, bits=quantization.bits, lane_bits=quantization.lane_bits, weight_cap=quantization.weight_cap
+            sizes,
+            bits=quantization.bits,
+            lane_bits=quantization.lane_bits,
+            weight_cap=quantization.weight_cap,
+            noise=ring_noise(plan.privacy),
+            most=plan.quorum.cohort_cap,
         )
         if plan.quorum.cohort_cap > ring.capacity:
             raise ValueError(f"a cohort of {plan.quorum.cohort_cap} on a ring for {ring.capacity}")

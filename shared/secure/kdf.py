@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from enum import StrEnum
 from typing import Final
 
 KEY_SIZE: Final = 32
 _PROTOCOL: Final = b"ff-sa/1"
+_BLOCK: Final = 32
 
 
 class Label(StrEnum):
@@ -21,6 +21,8 @@ class Label(StrEnum):
     """The key of an update's body."""
     MASK = "S/mask"
     """The key of the generator that a mask is read from."""
+    NOISE = "DP/noise"
+    """The keys of the generators that noise is read from."""
 
 
 def lp(*parts: bytes) -> bytes:
@@ -28,9 +30,17 @@ def lp(*parts: bytes) -> bytes:
     return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
 
 
+def hkdf(secret: bytes, *, salt: bytes, info: bytes, size: int) -> bytes:
+    """HKDF-SHA256 (RFC 5869): ``size`` bytes, at most 255 blocks of 32."""
+    assert 0 < size <= 255 * _BLOCK
+    extracted = hmac.digest(salt or bytes(_BLOCK), secret, "sha256")
+    found, block = b"", b""
+    for counter in range(1, -(-size // _BLOCK) + 1):
+        block = hmac.digest(extracted, block + info + bytes([counter]), "sha256")
+        found += block
+    return found[:size]
+
+
 def derive(secret: bytes, label: Label, context: bytes) -> bytes:
     """Return 32 bytes: HKDF-SHA256 with the protocol's name as salt and ``lp(protocol, label, context)`` as info."""
-    extracted = hmac.new(_PROTOCOL, secret, hashlib.sha256).digest()
-    info = lp(_PROTOCOL, label.value.encode(), context)
-    # One block of SHA-256 is all that 32 bytes need (RFC 5869, section 2.3).
-    return hmac.new(extracted, info + b"\x01", hashlib.sha256).digest()
+    return hkdf(secret, salt=_PROTOCOL, info=lp(_PROTOCOL, label.value.encode(), context), size=KEY_SIZE)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
+from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.codec import Range
 from fleetfed.shared.wire.fields import Count
 
@@ -32,10 +33,13 @@ class Privacy:
 
     Attributes:
         mechanism: who adds noise.
-        clip: L2 bound of one contribution, in levels: of the integers that it sends.
+        clip: L2 bound of one contribution, in levels: of the integers that it sends (`privacy.clipping` says how long
+            a delta may be before it is rounded to them).
         noise_multiplier: standard deviation of the noise in the sum over ``clip``.
         max_participations: rounds that one device may take part in, ever, under this guarantee.
         min_separation: fewest rounds from one to the next; 1 allows every round.
+        sums: for `SPLIT_CENTRAL`, most sums (of sites, or of their buckets) that gateways add noise to in one round; it
+            sizes the lanes, and has no part in the guarantee.
         honest: for `SKELLAM`, devices whose noise is certain to be in the sum; the noise of each is
             ``noise_multiplier * clip / sqrt(honest)``.
         band: for `MATRIX`, bands of the matrix, at most ``min_separation``; 1 elsewhere.
@@ -49,6 +53,7 @@ class Privacy:
     noise_multiplier: Annotated[float, Range(1e-3, 1e6)]
     max_participations: Annotated[int, Range(1, 1_000_000)]
     min_separation: Annotated[int, Range(1, 1_000_000)] = 1
+    sums: Annotated[int, Range(1, limits.MAX_COHORT)] = 1
     honest: Count = 0
     band: Annotated[int, Range(1, 100_000)] = 1
     flag_noise: Annotated[float, Range(0.0, 1e6)] = 0.0

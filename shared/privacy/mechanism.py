@@ -1,0 +1,173 @@
+"""Who adds how much noise to what, from nothing but the signed plan.
+
+===============  ======================  ==========================  ======================================
+mechanism        a device                a leaf gateway, per sum     the coordinator, to the sum of all
+===============  ======================  ==========================  ======================================
+central          -                       -                           discrete Gaussian
+split_central    -                       discrete Gaussian           discrete Gaussian
+matrix           -                       -                           Gaussian, correlated over rounds
+skellam          a share, Skellam        -                           -
+===============  ======================  ==========================  ======================================
+
+All of it is in levels, whole numbers, drawn from a key (`noise`); each party uses a key that it has never used before.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+
+from fleetfed.shared.aggregate.accumulator import Partial, Ring, RingNoise
+from fleetfed.shared.aggregate.lanes import LaneLayout, Values, Words
+from fleetfed.shared.privacy import noise
+from fleetfed.shared.privacy.clipping import unrounded_norm
+from fleetfed.shared.privacy.noise import Integers
+from fleetfed.shared.secure.kdf import Label, derive
+from fleetfed.shared.wire.messages import Mode, Plan, Weighting
+from fleetfed.shared.wire.privacy import Mechanism, Privacy
+
+LEAST_SIGMA: Final = 4.0
+"""In levels: below it a discrete Gaussian, or a Skellam share, is not close enough to what the accounting assumes."""
+FLAG_SENSITIVITY: Final = 1.0
+"""What one device says of its clip is +1 or -1; without it, 0."""
+
+
+def flag_sigma(privacy: Privacy) -> float:
+    """Deviation of the noise on the sum of what devices say of their clips: +-1, so twice that on a count."""
+    return 2 * privacy.flag_noise
+
+
+def device_sigma(privacy: Privacy) -> tuple[float, float]:
+    """Deviations of a device's share of the noise, on values and on what it says of its clip; zeros for none."""
+    if privacy.mechanism is not Mechanism.SKELLAM:
+        return 0.0, 0.0
+    share = 1 / math.sqrt(privacy.honest)
+    return privacy.noise_multiplier * privacy.clip * share, flag_sigma(privacy) * share
+
+
+def gateway_sigma(privacy: Privacy) -> tuple[float, float]:
+    """Deviations of what a leaf gateway adds to each sum that it reveals; zeros for none."""
+    if privacy.mechanism is not Mechanism.SPLIT_CENTRAL:
+        return 0.0, 0.0
+    return privacy.noise_multiplier * privacy.clip, flag_sigma(privacy)
+
+
+def coordinator_sigma(privacy: Privacy) -> tuple[float, float]:
+    """Deviations of what the coordinator adds to the sum of all; zeros where devices add everything.
+
+    For `Mechanism.MATRIX` it is that of the noise before it is correlated.
+    """
+    if privacy.mechanism is Mechanism.SKELLAM:
+        return 0.0, 0.0
+    return privacy.noise_multiplier * privacy.clip, flag_sigma(privacy)
+
+
+def ring_noise(privacy: Privacy | None) -> RingNoise | None:
+    """What noise a plan's lanes and meta words have room for; None without differential privacy."""
+    if privacy is None:
+        return None
+    each, each_flag = device_sigma(privacy)
+    whole, whole_flag = gateway_sigma(privacy)
+    root = math.sqrt(privacy.sums)
+    return RingNoise(
+        each=each,
+        whole=whole * root,
+        adaptive=privacy.flag_noise > 0,
+        each_flag=each_flag,
+        whole_flag=whole_flag * root,
+    )
+
+
+def check_privacy(plan: Plan) -> None:
+    """Refuse a plan whose privacy cannot be what it says.
+
+    Raises:
+        ValueError: which rule it breaks.
+    """
+    privacy = plan.privacy
+    if privacy is None:
+        return
+    if plan.weighting is not Weighting.UNIFORM or plan.quantization.weight_cap != 1:
+        raise ValueError("differential privacy needs uniform weights: a weight says how much data a device has")
+    if plan.quantization.error_feedback:
+        raise ValueError("differential privacy without error feedback: what a clip cut off would come back")
+    unrounded_norm(privacy.clip, plan.dimension)
+    if privacy.mechanism is Mechanism.SKELLAM:
+        if plan.split is None or plan.mode is not Mode.SPLIT:
+            raise ValueError("noise that devices add protects little where their gateway reads each update")
+        if not 2 <= privacy.honest <= plan.split.minimum_cohort:
+            raise ValueError(f"{privacy.honest} honest devices in sums of {plan.split.minimum_cohort} and more")
+    if privacy.mechanism is Mechanism.MATRIX:
+        if privacy.band > privacy.min_separation:
+            raise ValueError(f"{privacy.band} bands for devices that keep {privacy.min_separation} rounds apart")
+        if privacy.flag_noise:
+            raise ValueError("the matrix mechanism needs a fixed clip: its noise cancels between equal scales only")
+    elif privacy.band != 1:
+        raise ValueError(f"{privacy.band} bands for the mechanism {privacy.mechanism}")
+    least = device_sigma(privacy)[0] or coordinator_sigma(privacy)[0]
+    most = noise.MOST_SKELLAM if privacy.mechanism is Mechanism.SKELLAM else noise.MOST_SIGMA
+    if not LEAST_SIGMA <= least <= most:
+        raise ValueError(f"noise of {least:g} levels; {LEAST_SIGMA:g} to {most:g} can be drawn")
+    if 0 < flag_sigma(privacy) < LEAST_SIGMA:
+        raise ValueError(f"flag_noise {privacy.flag_noise:g}; from {LEAST_SIGMA / 2:g} on it can be accounted for")
+
+
+def add_gateway_noise(partial: Partial, privacy: Privacy, key: bytes) -> Partial:
+    """Return a sum with a leaf gateway's noise in it, masked or not; the same where the mechanism adds none here.
+
+    Args:
+        partial: not to be shown to anybody without the noise.
+        privacy: of the plan.
+        key: 32 unpredictable bytes, used for this one sum and then forgotten. If the noised sum is not durable yet when
+            the gateway dies, another one with another key is as good: nobody has seen the first.
+    """
+    sigma, said = gateway_sigma(privacy)
+    if not sigma:
+        return partial
+    words = partial.words + _words(partial.ring, gaussian(partial.ring.layout.dimension, sigma, key), said, key)
+    return Partial(partial.ring, words, partial.count)
+
+
+def add_device_noise(values: Values, meta: Words, ring: Ring, privacy: Privacy, key: bytes) -> tuple[Integers, Words]:
+    """Return a contribution with the device's share of the noise in it; the same where it adds none.
+
+    Args:
+        values: clipped and rounded, shape (dimension,).
+        meta: of `MetaLayout.encode_private`.
+        ring: of the plan.
+        privacy: of the plan.
+        key: 32 unpredictable bytes, used once and then forgotten.
+    """
+    sigma, said = device_sigma(privacy)
+    total = values.astype(np.int64)
+    if not sigma:
+        return total, meta
+    total += noise.skellam(total.size, sigma, derive(key, Label.NOISE, b"values"))
+    if said:
+        shift = int(noise.skellam(1, said, derive(key, Label.NOISE, b"flag"))[0])
+        meta = meta + ring.meta.shift(0, shift)
+    return _wrap(total, ring.layout), meta
+
+
+def gaussian(count: int, sigma: float, key: bytes) -> Integers:
+    """The discrete Gaussian noise of a vector's values, from a party's key."""
+    return noise.discrete_gaussian(count, sigma, derive(key, Label.NOISE, b"values"))
+
+
+def gaussian_flag(sigma: float, key: bytes) -> int:
+    """The noise on the sum of what devices say of their clips; 0 for sigma 0."""
+    return int(noise.discrete_gaussian(1, sigma, derive(key, Label.NOISE, b"flag"))[0]) if sigma else 0
+
+
+def _words(ring: Ring, values: Integers, said: float, key: bytes) -> Words:
+    return ring.layout.pack(_wrap(values, ring.layout), ring.meta.shift(0, gaussian_flag(said, key)))
+
+
+def _wrap(values: Integers, layout: LaneLayout) -> Integers:
+    """Wrap noise that exceeds a lane, as the lane itself would: it costs accuracy, never privacy."""
+    if layout.lane_bits < 64:
+        span, half = 1 << layout.lane_bits, 1 << (layout.lane_bits - 1)
+        values = (values + half) % span - half
+    return values
