@@ -14,11 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from fleetfed.device.mqtt import Connected, DeviceSession, Received
+from fleetfed.shared.aggregate.lanes import Words
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.mqtt.config import ConnectionConfig
+from fleetfed.shared.secure import split as masked
+from fleetfed.shared.secure.box import Reader, SealSecret
 from fleetfed.shared.trust import certificates
 from fleetfed.shared.trust.certificates import Certificate, Role
 from fleetfed.shared.trust.identity import Identity
@@ -28,10 +33,12 @@ from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.blobs import Publishable, publishable
 from fleetfed.shared.wire.chunks import Assembler
 from fleetfed.shared.wire.envelope import Digest, Head, MessageKind
+from fleetfed.shared.wire.masking import Cosign, SealKey, Split
 from fleetfed.shared.wire.messages import (
     Decline,
     Life,
     Manifest,
+    Mode,
     Need,
     Outcome,
     PatchRef,
@@ -128,6 +135,7 @@ def plan_for(
         "deadline": now + round(seconds * 1000),
         "expires": now + round(seconds * 1500),
         "nonce": os.urandom(16),
+        "mode": Mode.SPLIT if changes.get("split") else Mode.PLAIN,
     }
     return Plan(**{**settings, **changes})
 
@@ -147,7 +155,9 @@ class LoneGateway:
         self.coordinator = signer_of(authority.member(Role.COORDINATOR, "coordinator", "_"))
         identity = authority.member(Role.GATEWAY, config.client_id)
         self.signer = signer_of(identity)
+        self.helper = signer_of(authority.member(Role.HELPER, "helper", "_"))
         self.verifier = identity.verifier()
+        self.secrets = {reader: SealSecret.from_bytes(os.urandom(32)) for reader in Reader}
         self.presence: dict[str, Presence] = {}
         self.updates: list[tuple[str, Head, bytes]] = []
         self.messages: list[bytes] = []
@@ -202,6 +212,36 @@ class LoneGateway:
         )
         self.publish(self.topics.broadcast(Broadcast.PLAN), message.encode())
         return message.head.hash
+
+    def split(self, *, helper: bool = False, **changes: Any) -> Split:
+        """How a plan masks updates, for ``plan_for(split=...)``; with a helper there are two seed holders."""
+        key = SealKey(helper="helper", seal_key=self.secrets[Reader.HELPER].public)
+        signed = self.helper.sign(MessageKind.SEAL_KEY, key, now=unix_ms(), lifetime=_YEAR).encode()
+        settings: dict[str, Any] = {
+            "seal_key": self.secrets[Reader.COORDINATOR].public,
+            "helper": signed if helper else b"",
+        }
+        return Split(**{**settings, **changes})
+
+    def publish_cosign(self, plan: Plan, hash_: Digest) -> Message:
+        """Publish the gateway's cosignature of a plan."""
+        message = self.signer.sign(
+            MessageKind.COSIGN,
+            Cosign(plan=hash_, seal_key=self.secrets[Reader.GATEWAY].public),
+            now=unix_ms(),
+            round=plan.round,
+            lifetime=plan.expires - unix_ms(),
+        )
+        self.publish(self.topics.broadcast(Broadcast.COSIGN), message.encode())
+        return message
+
+    def unmask(self, head: Head, body: bytes, n_words: int, *, helper: bool = False) -> Words:
+        """The words that a device masked: what only gateway, coordinator and helper together can know."""
+        words = np.copy(masked.open_words(head, body, secret=self.secrets[Reader.GATEWAY], n_words=n_words))
+        for reader in (Reader.COORDINATOR, *((Reader.HELPER,) if helper else ())):
+            seed = masked.open_seed(head, reader, self.secrets[reader])
+            masked.add_masks(words, [masked.mask_key(seed, masked.binding_of(head))], negate=True)
+        return words
 
     def end_round(self, round_: int, plan: Digest, outcome: Outcome = Outcome.COMMITTED, version: int = 0) -> None:
         """Put the round's end in the plan's place."""
