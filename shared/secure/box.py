@@ -81,17 +81,26 @@ class SealSecret:
 
 
 def seal(key: bytes, reader: Reader, binding: Digest, public_key: bytes) -> bytes:
-    """Seal ``key`` (32 bytes) to ``public_key`` (32 bytes): `update.BOX_SIZE` bytes."""
+    """Seal ``key`` (32 bytes) to ``public_key`` (32 bytes): `update.BOX_SIZE` bytes.
+
+    Raises:
+        RemoteProtocolError: `BAD_BOX`: a public key that all shared keys are the same with (a point of small order).
+    """
     assert len(key) == KEY_SIZE
-    return bytes(SealedBox(PublicKey(public_key)).encrypt(reader.value + key + binding))
+    try:
+        return bytes(SealedBox(PublicKey(public_key)).encrypt(reader.value + key + binding))
+    except (CryptoError, ValueError, TypeError) as error:
+        raise RemoteProtocolError(
+            RejectReason.BAD_BOX, f"nothing can be sealed to the {reader.name.lower()}'s key"
+        ) from error
 
 
-def encrypt(plain: bytes, key: bytes, binding: Digest) -> bytes:
+def encrypt(plain: memoryview, key: bytes, binding: Digest) -> bytes:
     """ChaCha20-Poly1305 (RFC 8439) under a key of its own, with the binding as associated data."""
     fast = _library()
     if fast is not None:
         return bytes(fast(key).encrypt(_NONCE, plain, binding))
-    return bytes(crypto_aead_chacha20poly1305_ietf_encrypt(plain, binding, _NONCE, key))
+    return bytes(crypto_aead_chacha20poly1305_ietf_encrypt(bytes(plain), binding, _NONCE, key))
 
 
 def decrypt(body: bytes | memoryview, key: bytes, binding: Digest) -> bytes:

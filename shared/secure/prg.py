@@ -18,9 +18,9 @@ from fleetfed.shared.secure.kdf import KEY_SIZE
 
 _NONCE: Final = b"\0\0\0\0LibsodiumDRG"
 _MOST: Final = 1 << 38
-_CHUNK: Final = 1 << 15
-"""Words at a time: input, stream and target (256 KiB each) stay in the second-level cache."""
-_ZEROS: Final = bytes(8 * _CHUNK)
+_CHUNK: Final = 1 << 14
+"""Words at a time: input, stream and target (128 KiB each) stay in the second-level cache."""
+_ZEROS: Final = memoryview(bytes(8 * _CHUNK))
 
 
 def add_mask(words: Words, key: bytes, *, negate: bool = False) -> None:
@@ -42,11 +42,11 @@ def add_mask(words: Words, key: bytes, *, negate: bool = False) -> None:
         stream = np.frombuffer(randombytes_deterministic(8 * words.size, key), dtype="<u8")
         combine(words, stream, out=words)
         return
-    buffer = bytearray(8 * _CHUNK)
+    buffer = bytearray(8 * min(_CHUNK, words.size))
     stream = np.frombuffer(buffer, dtype="<u8")
     for start in range(0, words.size, _CHUNK):
         part = words[start : start + _CHUNK]
-        size = encryptor.update_into(memoryview(_ZEROS)[: 8 * part.size], buffer)
+        size = encryptor.update_into(_ZEROS[: 8 * part.size], buffer)
         assert size == 8 * part.size
         combine(part, stream[: part.size], out=part)
 

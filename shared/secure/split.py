@@ -66,6 +66,9 @@ def mask(
 
     Returns:
         The body, and the boxes in the order of the extension.
+
+    Raises:
+        RemoteProtocolError: `BAD_BOX`: one of the public keys is no key.
     """
     boxes = []
     for reader, public_key in seed_keys:
@@ -73,12 +76,12 @@ def mask(
         add_mask(words, mask_key(seed, bound))
         boxes.append(seal(seed, reader, bound, public_key))
     key = derive(randomness(KEY_SIZE) + hedge, Label.BODY_KEY, bound)
-    body = encrypt(words.astype("<u8", copy=False).tobytes(), key, bound)
+    body = encrypt(memoryview(words.astype("<u8", copy=False)).cast("B"), key, bound)
     return body, (seal(key, Reader.GATEWAY, bound, gateway_key), *boxes)
 
 
 def open_words(head: Head, body: bytes | memoryview, *, secret: SealSecret, n_words: int) -> Words:
-    """The masked words of one update, as its gateway sees them: uniform, whatever the device has.
+    """The masked words of one update, as its gateway sees them: uniform, whatever the device has. Read-only.
 
     Args:
         head: verified and admitted.
@@ -94,7 +97,7 @@ def open_words(head: Head, body: bytes | memoryview, *, secret: SealSecret, n_wo
         raise RemoteProtocolError(RejectReason.WRONG_SHAPE, f"{len(body)} bytes where {body_size(n_words)} are due")
     bound = binding_of(head)
     key = secret.open(_box(head, Reader.GATEWAY), Reader.GATEWAY, bound)
-    return np.frombuffer(decrypt(body, key, bound), dtype="<u8").astype(np.uint64)
+    return np.frombuffer(decrypt(body, key, bound), dtype="<u8").astype(np.uint64, copy=False)
 
 
 def open_seed(head: Head, reader: Reader, secret: SealSecret) -> bytes:
