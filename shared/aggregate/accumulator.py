@@ -4,7 +4,7 @@ Laws, bit for bit and for any contributions that the capacity admits (the tests 
 
 - order: accumulating in any order gives the same words;
 - tree: merging the reports of any partition of the contributions, at any depth, gives the words of the flat sum;
-- inverse: accumulate followed by subtract of the same contribution changes nothing;
+- inverse: accumulate followed by subtract of the same contribution changes nothing, nor does merge followed by unmerge;
 - ends: `report` consumes; whatever comes after raises, so one sum cannot be counted twice.
 
 They hold because a word is an integer modulo 2**64 and nothing is ever divided before the end. Memory is the one vector
@@ -223,13 +223,27 @@ class Accumulator:
             LocalProtocolError: already reported.
         """
         words = self._open()
-        if other.ring != self.ring:
-            raise RemoteProtocolError(RejectReason.WRONG_SHAPE, f"a partial of {other.ring}, not of {self.ring}")
-        self.ring.layout.check_words(other.words)
+        self._check_partial(other)
         if other.count < 0 or self._count + other.count > self.capacity:
             raise RemoteProtocolError(RejectReason.COHORT_FULL, f"{self._count} + {other.count} of {self.capacity}")
         words += other.words
         self._count += other.count
+
+    def unmerge(self, other: Partial) -> None:
+        """Take out what `merge` added.
+
+        The caller answers for its having been added; the sum itself cannot tell.
+
+        Raises:
+            RemoteProtocolError: WRONG_SHAPE for another ring; the sum is unchanged.
+            LocalProtocolError: already reported, or fewer contributions are in the sum.
+        """
+        words = self._open()
+        self._check_partial(other)
+        if not 0 <= other.count <= self._count:
+            raise LocalProtocolError(f"cannot take {other.count} contributions out of {self._count}")
+        words -= other.words
+        self._count -= other.count
 
     def can_report(self, minimum: int) -> bool:
         """Whether at least ``minimum`` contributions are in, and the sum has not been reported."""
@@ -294,6 +308,11 @@ class Accumulator:
             raise LocalProtocolError("this sum has been reported")
         return self._words
 
+    def _check_partial(self, other: Partial) -> None:
+        if other.ring != self.ring:
+            raise RemoteProtocolError(RejectReason.WRONG_SHAPE, f"a partial of {other.ring}, not of {self.ring}")
+        self.ring.layout.check_words(other.words)
+
     def _check(self, values: Values, meta: Words, count: int) -> None:
         if count < 1:
             raise RemoteProtocolError(RejectReason.BELOW_MINIMUM, f"a sum of {count} contributions")
@@ -347,6 +366,39 @@ def decode_words(body: bytes | bytearray | memoryview, ring: Ring, *, count: int
     values, meta = decode_body(body, dimension=layout.dimension, limit=ring.limit(count), meta_words=layout.meta_words)
     ring.meta.decode(meta, count=count)
     return Partial(ring, layout.pack(values, meta), count)
+
+
+def encode_masked(partial: Partial) -> memoryview:
+    """Return a masked partial's words as they travel, little-endian: they are uniform, and nothing compresses them.
+
+    The bytes are the partial's own wherever the processor has the same order: a large sum is not copied.
+    """
+    return partial.words.astype("<u8", copy=False).data.cast("B")
+
+
+def decode_masked(body: bytes | bytearray | memoryview, ring: Ring, *, count: int) -> Partial:
+    """Return the masked partial that `encode_masked` wrote; nothing but its size can be checked. Not copied, read-only.
+
+    Args:
+        body: the bytes.
+        ring: the plan's arithmetic.
+        count: contributors that the signed list names, 1..ring.capacity.
+
+    Raises:
+        RemoteProtocolError: COHORT_FULL, BELOW_MINIMUM or WRONG_SHAPE.
+    """
+    if count > ring.capacity:
+        raise RemoteProtocolError(RejectReason.COHORT_FULL, f"{count} of {ring.capacity}")
+    if count < 1:
+        raise RemoteProtocolError(RejectReason.BELOW_MINIMUM, f"a sum of {count} contributions")
+    if len(body) != masked_size(ring):
+        raise RemoteProtocolError(RejectReason.WRONG_SHAPE, f"{len(body)} bytes where {masked_size(ring)} are due")
+    return Partial(ring, np.frombuffer(body, dtype="<u8").astype(np.uint64, copy=False), count)
+
+
+def masked_size(ring: Ring) -> int:
+    """Return the bytes of every masked partial."""
+    return 8 * ring.layout.n_words
 
 
 def max_words_body(ring: Ring, count: int) -> int:

@@ -14,8 +14,11 @@ from fleetfed.shared.aggregate.accumulator import (
     Partial,
     Ring,
     check_partial,
+    decode_masked,
     decode_words,
+    encode_masked,
     encode_words,
+    masked_size,
     max_words_body,
 )
 from fleetfed.shared.aggregate.lanes import choose_lane_bits, levels
@@ -119,6 +122,55 @@ def test_subtracting_equals_never_having_added(
     assert total.report().words.tobytes() == flat(ring, kept).words.tobytes()
 
 
+@given(st.integers(0, 8), st.data())
+def test_masked_words_add_merge_and_leave_like_plain_ones(members: int, data: st.DataObject) -> None:
+    """Words that mean nothing: no order, no tier and no detour over the wire changes their sum; what leaves is gone."""
+    ring = ring_for()
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    words = [rng.integers(0, 2**64, ring.layout.n_words, dtype=np.uint64) for _ in range(members + 1)]
+    out = data.draw(st.sets(st.integers(0, members - 1))) if members else set()
+    total, below = Accumulator(ring, capacity=20), Accumulator(ring, capacity=20)
+    for i, each in enumerate(words):
+        (total if data.draw(st.booleans()) else below).merge(Partial(ring, each, 1))
+        if i in out:
+            total.merge(Partial(ring, each, 1))
+            total.unmerge(Partial(ring, each, 1))
+    if below.count:
+        partial = below.report()
+        total.merge(decode_masked(bytes(encode_masked(partial)), ring, count=partial.count))
+    for i in out:
+        total.unmerge(Partial(ring, words[i], 1))
+    kept = [each for i, each in enumerate(words) if i not in out]
+    assert total.count == len(kept)
+    assert np.array_equal(total.report().words, np.sum(kept, axis=0, dtype=np.uint64))
+
+
+def test_masked_words_are_not_copied_and_their_size_is_checked() -> None:
+    ring = ring_for()
+    partial = flat(ring, [update(ring, 1)])
+    body = encode_masked(partial)
+    assert len(body) == masked_size(ring) == 8 * ring.layout.n_words
+    assert np.shares_memory(np.frombuffer(body, dtype=np.uint8), partial.words)
+    raw = bytes(body)
+    assert np.shares_memory(np.frombuffer(raw, dtype=np.uint8), decode_masked(raw, ring, count=1).words)
+    for wrong in (raw[:-1], raw + b"\0", raw[:-8], b""):
+        assert reason(lambda wrong=wrong: decode_masked(wrong, ring, count=1)) is RejectReason.WRONG_SHAPE
+    assert reason(lambda: decode_masked(raw, ring, count=0)) is RejectReason.BELOW_MINIMUM
+    assert reason(lambda: decode_masked(raw, ring, count=ring.capacity + 1)) is RejectReason.COHORT_FULL
+
+
+def test_what_was_never_merged_cannot_be_taken_out() -> None:
+    ring = ring_for()
+    total = Accumulator(ring, capacity=5)
+    partial = flat(ring, [update(ring, 1)])
+    with pytest.raises(LocalProtocolError, match="cannot take 1"):
+        total.unmerge(partial)
+    other = ring_for(sizes=(40, 3))
+    total.merge(partial)
+    assert reason(lambda: total.unmerge(flat(other, [update(other, 1)]))) is RejectReason.WRONG_SHAPE
+    assert total.count == 1
+
+
 def test_extreme_values_of_a_full_cohort_do_not_overflow() -> None:
     ring = ring_for(bits=4, cap=50)
     values = np.full(ring.layout.dimension, -7, dtype=np.int8)
@@ -145,6 +197,7 @@ def test_a_report_consumes_the_sum() -> None:
         lambda: total.accumulate(*one),
         lambda: total.subtract(*one),
         lambda: total.merge(partial),
+        lambda: total.unmerge(partial),
     ):
         with pytest.raises(LocalProtocolError, match="reported"):
             use()
