@@ -97,9 +97,9 @@ class RejectReason(StrEnum):
     """A plain update that the gateway's robustness rule leaves out."""
     QUARANTINED = "quarantined"
     """The device was set aside after repeated outliers; an operator can lift that."""
-    BAD_TOKEN = "bad_token"
+    BAD_TOKEN = "bad_token"  # noqa: S105 - no password
     """An enrolment token that was never given out, or that was taken back."""
-    SPENT_TOKEN = "spent_token"
+    SPENT_TOKEN = "spent_token"  # noqa: S105
     """An enrolment token that somebody has used already."""
     WRONG_OWNER = "wrong_owner"
     """The enrolment token was given to another owner."""

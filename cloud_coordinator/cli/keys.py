@@ -15,6 +15,7 @@ from fleetfed.cloud_coordinator.keys.pki import Listener
 from fleetfed.shared import config
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.wire.messages import Revocations
 
 _COLUMNS = ("id", "role", "site", "owner", "valid until", "revoked")
 _CSV_COLUMNS = ("id", "role", "site", "upstream", "owner", "days", "hosts")
@@ -80,7 +81,7 @@ def init(fleet: str, directory: Path, as_json: bool) -> None:
 @click.option("--upstream", help="The site above a gateway; left out: the coordinator's.")
 @click.option("--owner", default="", help="Who answers for it.")
 @click.option("--days", type=click.IntRange(1, 36_500), default=DEFAULT_DAYS, show_default=True, help="Validity.")
-@click.option("--host", "hosts", multiple=True, help="Name or address of a broker; may be repeated.")
+@click.option("--host", "hosts", multiple=True, help="Name or address of a broker or enroller; may be repeated.")
 @click.option(
     "--listener",
     type=click.Choice([listener.value for listener in Listener]),
@@ -186,7 +187,8 @@ def revoke(names: tuple[str, ...], operator: Path | None, directory: Path, as_js
     once they have the new revocation list, DIR/tls/crl-site.pem or DIR/tls/crl-cloud.pem.
     """
     keyring = Keyring.load(directory)
-    revoked = keyring.revoke(names, now=unix_ms()) if names else ()
+    in_force = None if operator is None else _in_force(operator)
+    revoked = keyring.revoke(names, now=unix_ms(), in_force=in_force) if names or in_force is not None else ()
     signed = keyring.revocations()
     if signed is None:
         raise ConfigError("nobody was ever revoked: give an ID or a serial number")
@@ -206,6 +208,21 @@ def revoke(names: tuple[str, ...], operator: Path | None, directory: Path, as_js
         _table(revoked)
     print(detail)
     print(f"Brokers: copy {keyring.crl_file()} to each and reload it (SIGHUP), so that TLS refuses them too.")
+
+
+def _in_force(operator: Path) -> Revocations | None:
+    """The list that the fleet obeys: an enrolment service may have added to it. None also where nobody answers."""
+    from fleetfed.cloud_coordinator.control.client import ControlClient, OperatorConfig
+    from fleetfed.cloud_coordinator.control.errors import NoAnswerError
+
+    async def ask() -> Revocations | None:
+        async with ControlClient(OperatorConfig.load(operator)) as client:
+            return await client.revocations()
+
+    try:
+        return asyncio.run(ask())
+    except NoAnswerError:
+        return None
 
 
 def _deliver(operator: Path | None, signed: bytes) -> tuple[bool, str]:

@@ -238,6 +238,16 @@ class ControlClient:
         del session_present
         await self._publish_pending()
 
+    async def revocations(self) -> Revocations | None:
+        """The revocation list that the fleet obeys now; None where nobody was ever revoked.
+
+        Raises:
+            NoAnswerError: nobody answered.
+        """
+        # It is retained, and the broker hands it over before the answer to what was asked after subscribing.
+        await self.request(Command.ROUND_STATUS)
+        return self._verifier.revocations if self._verifier.has_list else None
+
     async def _publish_pending(self) -> None:
         for data, _ in list(self._pending.values()):
             await self._publish(data)

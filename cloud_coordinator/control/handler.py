@@ -33,6 +33,7 @@ from fleetfed.cloud_coordinator.storage.records import VersionRecord
 from fleetfed.cloud_coordinator.training.versions import from_file, from_version, read_model
 from fleetfed.shared import config
 from fleetfed.shared.errors import ConfigError, FleetFedError, RejectReason, RemoteProtocolError, StorageError
+from fleetfed.shared.trust.certificates import SERIALS, Certificate, Role
 from fleetfed.shared.trust.verifier import Verifier
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.envelope import Head, MessageKind
@@ -259,10 +260,10 @@ class Control:
 
     def _revoke(self, message: bytes) -> Callable[[], dict[str, Any]]:
         coordinator = self._coordinator
-        revocations = open_revocations(message, coordinator.verifier, now=coordinator.clock())
+        revocations, by = open_revocations(message, coordinator.verifier, now=coordinator.clock())
 
         def apply() -> dict[str, Any]:
-            coordinator.verifier.revoke(revocations)
+            coordinator.verifier.revoke(revocations, by=by)
             coordinator.store.put_document(REVOCATIONS, message)
             coordinator.publisher.revocations()
             return {"version": revocations.version, "revoked": len(revocations.serials)}
@@ -412,25 +413,36 @@ async def _stored(work: Awaitable[VersionRecord]) -> VersionRecord:
         raise CommandError("storage", str(error)) from error
 
 
-def open_revocations(message: bytes, verifier: Verifier, *, now: int) -> Revocations:
-    """Verify a revocation list that the authority signed.
+def open_revocations(message: bytes, verifier: Verifier, *, now: int) -> tuple[Revocations, Certificate]:
+    """Verify a revocation list; return it with the certificate of who signed it.
+
+    There is one list, which the authority and the enrolment services sign in turn. A service may add devices that it
+    certified itself, and nothing else: it can neither bring anybody back nor shut out a gateway.
 
     Raises:
-        CommandError: it did not, or the list is older than the one in force.
+        CommandError: it is not theirs, goes too far, or is older than the one in force.
     """
     try:
-        revocations, _, _ = verifier.open(message, Revocations, kind=MessageKind.REVOCATIONS, now=now)
+        revocations, _, by = verifier.open(message, Revocations, kind=MessageKind.REVOCATIONS, now=now)
     except RemoteProtocolError as error:
         raise CommandError(
             "not_the_authoritys", f"the list is refused ({error}); sign it with `fleetfed keys revoke`"
         ) from error
-    if revocations.version < verifier.revocations.version:
+    in_force = verifier.revocations
+    another = verifier.has_list and set(revocations.serials) != set(in_force.serials)
+    if revocations.version < in_force.version or (revocations.version == in_force.version and another):
         raise CommandError(
             "older_list",
-            f"list {revocations.version} is older than list {verifier.revocations.version}, which is in force; "
-            "use the newest copy of the authority's folder",
+            f"list {revocations.version} does not follow list {in_force.version}, which is in force; sign it again "
+            "with --config, or use the newest copy of the authority's folder",
         )
-    return revocations
+    if by.role is Role.ENROLLER:
+        before, after = set(in_force.serials), set(revocations.serials)
+        if missing := before - after:
+            raise CommandError("unrevokes", f"the list leaves out {len(missing)} serials that are revoked")
+        if any(serial // SERIALS != by.serial for serial in after - before):
+            raise CommandError("not_its_devices", f"{by.id} may revoke the devices that it enrolled, and nobody else")
+    return revocations, by
 
 
 class _Arguments:

@@ -6,6 +6,7 @@
       authority.key  authority.bin  authority.sequence   the fleet's authority; keep this folder offline
       fleet.toml        fleet name and authority public key (hex): what everybody may know
       members.json      every certificate ever issued
+      enrollers/        certificates of the enrolment services, whose own certificates count for devices
       revocations.bin   the signed revocation list in force, as it is published
       tls/              the TLS authorities, see `fleetfed.cloud_coordinator.keys.pki`
       identities/ID/    one folder per member, as `fleetfed.shared.trust.identity` reads it
@@ -32,14 +33,15 @@ from fleetfed.cloud_coordinator.keys import pki
 from fleetfed.cloud_coordinator.keys.pki import Listener, Pki
 from fleetfed.shared import config
 from fleetfed.shared.config import Length, Range
-from fleetfed.shared.errors import ConfigError, LocalProtocolError, StorageError
+from fleetfed.shared.errors import ConfigError, LocalProtocolError, RemoteProtocolError, StorageError
 from fleetfed.shared.files import write_atomic
-from fleetfed.shared.trust import certificates
+from fleetfed.shared.trust import certificates, enrolment
 from fleetfed.shared.trust.certificates import Certificate, Role
 from fleetfed.shared.trust.identity import TLS_DIRECTORY, Identity
 from fleetfed.shared.trust.keys import SigningKey
 from fleetfed.shared.trust.sequence import SequenceFile
 from fleetfed.shared.trust.signer import Signer
+from fleetfed.shared.trust.verifier import Authority
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.envelope import MessageKind, open_body, parse_head
 from fleetfed.shared.wire.messages import Revocations
@@ -61,6 +63,8 @@ class MemberRole(StrEnum):
     COORDINATOR = "coordinator"
     BROKER = "broker"
     """A broker's TLS server certificate; it signs no messages."""
+    ENROLLER = "enroller"
+    """Certifies devices for tokens, see `fleetfed.cloud_coordinator.enroll`."""
 
     @property
     def certified(self) -> Role | None:
@@ -79,7 +83,7 @@ class NewMember:
         upstream: the site that a gateway is a member of: ``_``, or the site of the gateway above it.
         owner: who answers for it; may be empty.
         days: validity.
-        hosts: names and addresses for a broker's server certificate.
+        hosts: names and addresses for the server certificate of a broker or an enrolment service.
         listener: which clients a broker's port is for.
     """
 
@@ -115,8 +119,8 @@ class NewMember:
             raise ConfigError(f"{self.id}: a gateway cannot be above itself; give --upstream another site")
         if self.role is not MemberRole.GATEWAY and self.upstream != CLOUD_SITE:
             raise ConfigError(f"{self.id}: only a gateway has an upstream site")
-        if self.role is MemberRole.BROKER and not self.hosts:
-            raise ConfigError(f"{self.id}: a broker's certificate names its host; give --host NAME")
+        if self.role in (MemberRole.BROKER, MemberRole.ENROLLER) and not self.hosts:
+            raise ConfigError(f"{self.id}: the certificate of its server names its host; give --host NAME")
         if not 1 <= self.days <= 36_500:
             raise ConfigError(f"{self.id}: {self.days} days: give 1 to 36500")
         return self
@@ -294,19 +298,45 @@ class Keyring:
             )
             authorities = Pki.open(self.directory / "tls")
             self._write((*members, *issued))
+            enrollers = tuple(each.public_key for each in self._enrollers(members))
             for member, wish in zip(issued, wanted, strict=True):
                 folder = self.identity_folder(member.id)
-                self._write_signing_identity(member, folder)
+                self._write_signing_identity(member, folder, enrollers)
                 self._write_tls_identity(authorities, wish, folder / TLS_DIRECTORY, now)
                 progress(member)
         return issued
 
-    def revoke(self, names: Sequence[str], *, now: int) -> tuple[Member, ...]:
+    def authorities(self) -> tuple[Authority, ...]:
+        """Whose certificates count, for trust metadata: this authority's, and for devices the enrolment services'.
+
+        Raises:
+            StorageError: the register, or a certificate of a service, is damaged.
+        """
+        enrollers = (enrolment.enroller(each.public_key) for each in self._enrollers(self.members))
+        return (Authority(self._authority.public, frozenset(Role)), *enrollers)
+
+    def _enrollers(self, members: Sequence[Member]) -> list[Certificate]:
+        found = []
+        for member in members:
+            if member.role is MemberRole.ENROLLER and not member.revoked:
+                path = self.directory / "enrollers" / f"{member.serial}.bin"
+                try:
+                    found.append(certificates.verify(path.read_bytes(), self._authority.public))
+                except FileNotFoundError:
+                    # A crash came between the register and its folder: nobody has that key.
+                    continue
+                except (OSError, RemoteProtocolError) as error:
+                    raise StorageError(f"{path}: {error}; restore it from a backup") from error
+        return found
+
+    def revoke(self, names: Sequence[str], *, now: int, in_force: Revocations | None = None) -> tuple[Member, ...]:
         """Make certificates void: the register, the signed list (`revocations`) and the TLS list follow.
 
         Args:
-            names: ids, which stand for all certificates of that member, or serial numbers.
+            names: ids, which stand for all certificates of that member, or serial numbers; none: only take over what
+                ``in_force`` has.
             now: unix milliseconds.
+            in_force: the list that the fleet obeys, where it is another one: what an enrolment service revoked stays.
 
         Raises:
             ConfigError: a name that stands for nobody, or nobody who is not revoked already.
@@ -315,8 +345,7 @@ class Keyring:
         with self._locked():
             members = self.members
             # What a crash between register and lists left behind.
-            if self._listed() != sum(1 for member in members if member.revoked):
-                self._revocation_lists(members, now=now)
+            self._revocation_lists(members, now=now, in_force=in_force)
             chosen: set[int] = set()
             for name in names:
                 known = [member for member in members if name in (member.id, str(member.serial))]
@@ -327,8 +356,9 @@ class Keyring:
                     raise ConfigError(f"{name} is revoked already")
                 chosen.update(live)
             changed = tuple(replace(each, revoked=now) if each.serial in chosen else each for each in members)
-            self._write(changed)
-            self._revocation_lists(changed, now=now)
+            if chosen:
+                self._write(changed)
+                self._revocation_lists(changed, now=now, in_force=in_force)
         return tuple(member for member in changed if member.serial in chosen)
 
     def revocations(self) -> bytes | None:
@@ -338,27 +368,40 @@ class Keyring:
         except FileNotFoundError:
             return None
 
-    def _listed(self) -> int:
-        """The version of the signed list on disk; 0 for none."""
+    def _listed(self) -> Revocations | None:
+        """The signed list on disk."""
         encoded = self.revocations()
         if encoded is None:
-            return 0
+            return None
         head = parse_head(encoded)
         raw = open_body(head.header, memoryview(encoded)[head.size :])
-        return codec.decode(Revocations, raw, limit=len(raw)).version
+        return codec.decode(Revocations, raw, limit=len(raw))
 
-    def _revocation_lists(self, members: Sequence[Member], *, now: int) -> None:
+    def _revocation_lists(self, members: Sequence[Member], *, now: int, in_force: Revocations | None) -> None:
+        """Make both lists say what the register says; a new signed one only where it would say something else."""
         void = [member for member in members if member.revoked]
-        # An expired certificate needs no entry; a broker has no fleet certificate to revoke.
-        serials = tuple(m.serial for m in void if m.role.certified is not None and m.not_after > now)
         authorities = Pki.open(self.directory / "tls")
         for member in void:
             # A name has one live certificate at most: `issue` refuses a second.
             if not any(each.id == member.id and not each.revoked for each in members):
                 authorities.revoke(member.id, now=_datetime(now))
-        authorities.write_crl(now=_datetime(now), days=CRL_DAYS)
-        # The version must grow with every list: the number of revocations ever made does.
-        message = self._signer().sign(MessageKind.REVOCATIONS, Revocations(version=len(void), serials=serials), now=now)
+        if void:
+            authorities.write_crl(now=_datetime(now), days=CRL_DAYS)
+        known = [each for each in (self._listed(), in_force) if each is not None]
+        # An expired certificate needs no entry; a broker has no fleet certificate to revoke. Whoever else is on a list,
+        # a service's device or a member that this register has lost, stays there.
+        own = {m.serial for m in void if m.role.certified is not None and m.not_after > now}
+        expired = {m.serial for m in members if m.not_after <= now}
+        listed = {serial for each in known for serial in each.serials} - expired
+        serials = tuple(sorted(own | listed))
+        newest = max(known, key=lambda each: each.version, default=Revocations(version=1))
+        if not void and not listed:
+            return
+        if self.revocations() is not None and newest == self._listed() and newest.serials == serials:
+            return
+        # Nobody takes a list twice: the version must be above every one that the fleet may have.
+        version = newest.version + 1 if known else 1
+        message = self._signer().sign(MessageKind.REVOCATIONS, Revocations(version=version, serials=serials), now=now)
         write_atomic(self.directory / "revocations.bin", message.encode())
 
     def _signer(self) -> Signer:
@@ -383,7 +426,7 @@ class Keyring:
             if wish.role is MemberRole.GATEWAY:
                 served[wish.site] = wish.id
 
-    def _write_signing_identity(self, member: Member, folder: Path) -> None:
+    def _write_signing_identity(self, member: Member, folder: Path, enrollers: tuple[bytes, ...]) -> None:
         role = member.role.certified
         if role is None:
             return
@@ -399,12 +442,16 @@ class Keyring:
             not_after=member.not_after,
             public_key=key.public,
         )
-        Identity(
+        identity = Identity(
             key=key,
             certificate=certificate,
             encoded_certificate=certificates.issue(certificate, self._authority),
             authority_key=self._authority.public,
-        ).save(folder)
+            enrollers=enrollers,
+        )
+        if member.role is MemberRole.ENROLLER:
+            write_atomic(self.directory / "enrollers" / f"{member.serial}.bin", identity.encoded_certificate)
+        identity.save(folder)
 
     def _write_tls_identity(self, authorities: Pki, wish: NewMember, folder: Path, now: int) -> None:
         at = _datetime(now)
@@ -413,6 +460,8 @@ class Keyring:
             # A broker checks its clients, who come from other authorities than its own certificate.
             write_atomic(files.ca, authorities.bundle(wish.listener).read_bytes())
             write_atomic(folder / "crl.pem", authorities.crl(wish.listener).read_bytes())
+        elif wish.role is MemberRole.ENROLLER:
+            files = authorities.issue_server(wish.id, list(wish.hosts), folder, now=at, days=wish.days)
         else:
             files = authorities.issue_client(wish.id, pki.Role(wish.role), folder, now=at, days=wish.days)
         for source, name in ((files.ca, "ca.pem"), (files.cert, "cert.pem"), (files.key, "key.pem")):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
@@ -21,9 +21,10 @@ from fleetfed.shared.trust.certificates import Certificate, Role
 from fleetfed.shared.trust.keys import signature_is_good
 from fleetfed.shared.trust.policy import Policy, check_plan
 from fleetfed.shared.wire import codec
-from fleetfed.shared.wire.envelope import Head, MessageKind, fleet_id, key_id, open_body, parse_head, signed_bytes
+from fleetfed.shared.wire.envelope import Head, KeyId, MessageKind, fleet_id, key_id, open_body, parse_head, signed_bytes
 from fleetfed.shared.wire.limits import MAX_REVOKED
-from fleetfed.shared.wire.messages import Plan, Revocations
+from fleetfed.shared.wire.messages import Manifest, Plan, Revocations
+from fleetfed.shared.wire.trust import Directory
 
 T = TypeVar("T")
 
@@ -63,6 +64,34 @@ class Authority:
     roles: frozenset[Role]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trust:
+    """What verified trust metadata says (`fleetfed.shared.trust.metadata`).
+
+    Attributes:
+        policy: the floor under every plan.
+        authorities: whose certificates count; empty for the pinned authority's alone.
+        coordinators: the keys that may speak as coordinator.
+        directory: what the enrolment service says; None without one.
+        versions, expiries: of each role, in unix milliseconds the latter.
+        expires: when the first of them expires; 0 where nothing says that this is current.
+        issued: when the timestamp was signed.
+    """
+
+    policy: Policy = field(default_factory=Policy)
+    authorities: tuple[Authority, ...] = ()
+    coordinators: frozenset[KeyId] = frozenset()
+    directory: Directory | None = None
+    versions: dict[str, int] = field(default_factory=dict)
+    expiries: dict[str, int] = field(default_factory=dict)
+    expires: int = 0
+    issued: int = 0
+
+    def outdated(self) -> Trust:
+        """The same, but known to be no longer current."""
+        return replace(self, expires=0)
+
+
 _CLOCK_SKEW: Final = 5 * 60 * 1000
 """Milliseconds by which clocks may differ before a certificate counts as not yet valid."""
 
@@ -87,6 +116,12 @@ class Verifier:
         self._revoked: frozenset[int] = frozenset()
         self._have_list = False
         self.policy = Policy()
+        self._trust: Trust | None = None
+
+    @property
+    def has_list(self) -> bool:
+        """Whether any revocation list was ever taken."""
+        return self._have_list
 
     @property
     def revocations(self) -> Revocations:
@@ -169,8 +204,38 @@ class Verifier:
         Raises:
             RemoteProtocolError: `BELOW_POLICY` or `STALE_TRUST`.
         """
-        del now
+        if self._trust is not None:
+            if now >= self._trust.expires:
+                raise RemoteProtocolError(
+                    RejectReason.STALE_TRUST, f"trust metadata was current until {self._trust.expires}, now {now}"
+                )
+            directory = self._trust.directory
+            if directory is not None and self._revocations.version < directory.revocations:
+                raise RemoteProtocolError(
+                    RejectReason.STALE_TRUST, f"revocation list {directory.revocations} is being held back"
+                )
         check_plan(plan, self.policy)
+
+    def check_manifest(self, manifest: Manifest) -> None:
+        """Refuse a model whose architecture the pinned policy does not name.
+
+        Raises:
+            RemoteProtocolError: `BELOW_POLICY`.
+        """
+        if self.policy.cards and manifest.card.digest not in self.policy.cards:
+            raise RemoteProtocolError(
+                RejectReason.BELOW_POLICY, f"the policy does not allow card {manifest.card.digest.hex()}"
+            )
+
+    def install(self, trust: Trust) -> None:
+        """Put in force what verified trust metadata says."""
+        self._trust = trust
+        self.policy = trust.policy
+        self.trust(trust.authorities)
+
+    def is_coordinator(self, key: KeyId) -> bool:
+        """Whether trust metadata lets this key speak as coordinator; without any, certificates alone decide."""
+        return self._trust is None or key in self._trust.coordinators
 
     def trust(self, authorities: Iterable[Authority]) -> None:
         """Replace the authorities by those that verified trust metadata names; none brings the pinned one back."""
@@ -213,6 +278,10 @@ class Verifier:
             raise RemoteProtocolError(RejectReason.BAD_CERTIFICATE, "the certificate is another key's")
         if certificate.role not in SPEAKERS[kind]:
             raise RemoteProtocolError(RejectReason.WRONG_ROLE, f"{certificate.role.name} says {kind.name}")
+        if certificate.role is Role.COORDINATOR and not self.is_coordinator(certificate.key_id):
+            raise RemoteProtocolError(
+                RejectReason.WRONG_ROLE, f"trust metadata does not list {certificate.id} as a coordinator"
+            )
         if sender is not None and sender != certificate.id:
             raise RemoteProtocolError(RejectReason.WRONG_SENDER, f"{certificate.id} on the topic of {sender}")
         if not signature_is_good(certificate.public_key, signed_bytes(kind, head.signed), head.signature):

@@ -18,7 +18,8 @@ from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
 from fleetfed.shared.errors import StorageError
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.model.patch import apply_patch
-from fleetfed.shared.trust.certificates import Role
+from fleetfed.shared.trust.certificates import SERIALS, Role
+from fleetfed.shared.trust.signer import Signer
 from fleetfed.shared.wire.blobs import part_count, unwrap
 from fleetfed.shared.wire.envelope import MessageKind
 from fleetfed.shared.wire.messages import BlobRef, Command, Outcome, Request, Revocations
@@ -264,6 +265,28 @@ async def test_a_revocation_list_is_published_and_survives(world: World) -> None
     assert (await world.ask(Command.KEYS_REVOKE, revocations=by_operator.encode())).error == "not_the_authoritys"
     await world.restart()
     assert world.coordinator.verifier.revocations.version == 5
+
+
+async def test_an_enrollers_list_adds_its_own_devices_and_nothing_else(world: World) -> None:
+    authority = world.fleet.signer(Role.AUTHORITY, "authority", "_")
+    service = world.fleet.signer(Role.ENROLLER, "enroller", "_")
+    own = service.certificate.serial * SERIALS + 1
+
+    async def put(signer: Signer, version: int, *serials: int) -> str:
+        message = signer.sign(
+            MessageKind.REVOCATIONS, Revocations(version=version, serials=serials), now=world.clock.now
+        )
+        return (await world.ask(Command.KEYS_REVOKE, revocations=message.encode())).error
+
+    assert await put(authority, 1, 77) == ""
+    assert await put(service, 2, own) == "unrevokes"
+    assert await put(service, 2, 77, 78) == "not_its_devices"
+    assert await put(service, 2, 77, own + SERIALS) == "not_its_devices"
+    assert await put(service, 1, 77, own) == "older_list"
+    assert world.coordinator.verifier.revocations == Revocations(version=1, serials=(77,))
+    assert await put(service, 2, 77, own) == ""
+    assert await put(service, 2, 77, own) == ""
+    assert world.coordinator.verifier.revocations.serials == (77, own)
 
 
 async def test_obsolete_chunks_are_cleared_and_a_newcomer_always_gets_the_model(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from fleetfed.shared.mqtt.tls import TlsFiles, client_context
 from fleetfed.shared.mqtt.tls import TlsFiles as BrokerTls
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
+from fleetfed.shared.trust.verifier import Verifier
 from fleetfed.shared.wire.envelope import MessageKind
 from fleetfed.shared.wire.messages import Revocations
 
@@ -226,3 +227,40 @@ def test_the_access_list_follows_the_register(keyring: Keyring) -> None:
     assert only.operators == ()
     with pytest.raises(ConfigError, match="served by nobody"):
         inventory_of(keyring, sites={"west"})
+
+
+def test_what_an_enrolment_service_revoked_stays_on_the_authoritys_list(tmp_path: Path) -> None:
+    keyring = Keyring.create(tmp_path / "keys", "demo", now=unix_ms())
+    keyring.issue([NewMember(id="d-1", role=MemberRole.DEVICE, site="north")], now=unix_ms())
+    theirs = 5 << 32 | 7
+    keyring.revoke((), now=unix_ms(), in_force=Revocations(version=8, serials=(theirs,)))
+    assert listed(keyring) == Revocations(version=9, serials=(theirs,))
+    keyring.revoke((), now=unix_ms(), in_force=Revocations(version=9, serials=(theirs,)))
+    assert listed(keyring).version == 9
+    keyring.revoke(["d-1"], now=unix_ms(), in_force=Revocations(version=11, serials=(theirs, theirs + 1)))
+    (member,) = keyring.members
+    assert listed(keyring).serials == (member.serial, theirs, theirs + 1)
+    assert listed(keyring).version > 11
+
+
+def test_an_enroller_has_a_server_certificate_and_its_key_is_pinned_in_what_is_issued_later(tmp_path: Path) -> None:
+    keyring = Keyring.create(tmp_path / "keys", "demo", now=unix_ms())
+    with pytest.raises(ConfigError, match="--host"):
+        keyring.issue([NewMember(id="enroller", role=MemberRole.ENROLLER)], now=unix_ms())
+    keyring.issue([NewMember(id="enroller", role=MemberRole.ENROLLER, hosts=("localhost",))], now=unix_ms())
+    keyring.issue([NewMember(id="g", role=MemberRole.GATEWAY, site="north")], now=unix_ms())
+    enroller = Identity.load(keyring.identity_folder("enroller"), role=Role.ENROLLER)
+    assert Identity.load(keyring.identity_folder("g")).enrollers == (enroller.key.public,)
+    assert [(each.public_key, each.roles) for each in keyring.authorities()] == [
+        (keyring.authority_key, frozenset(Role)),
+        (enroller.key.public, frozenset({Role.DEVICE})),
+    ]
+    keyring.revoke(["enroller"], now=unix_ms())
+    assert len(keyring.authorities()) == 1
+
+
+def listed(keyring: Keyring) -> Revocations:
+    message = keyring.revocations()
+    assert message is not None
+    verifier = Verifier("demo", keyring.authority_key)
+    return verifier.open(message, Revocations, kind=MessageKind.REVOCATIONS, now=unix_ms())[0]
