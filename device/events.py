@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
+from fleetfed.device.ledger import Account
 from fleetfed.shared.errors import RejectReason
+from fleetfed.shared.trust.policy import PrivacyFloor
 from fleetfed.shared.wire.codec import Length
 from fleetfed.shared.wire.envelope import Digest, MessageId
 from fleetfed.shared.wire.fields import Bytes16, Bytes32, Count, Millis, Positive
@@ -79,6 +81,26 @@ class Answer:
     reason: Annotated[str, Length(0, 100)] = ""
 
 
+# --- What trust says --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the pinned trust says of a plan at the time that it is asked; by itself it has nothing against one.
+
+    Attributes:
+        reason: why no update may be made for the plan; None where one may.
+        detail: which rule the plan breaks.
+        helper_key: X25519 key of the helper whose signed word the plan carries; empty for none.
+        floor: the policy's bounds on differential privacy; None for none.
+    """
+
+    reason: RejectReason | None = None
+    detail: str = ""
+    helper_key: bytes = b""
+    floor: PrivacyFloor | None = None
+
+
 # --- Events -----------------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +138,24 @@ class PlanArrived:
 
     plan: Plan
     plan_hash: Digest
+    verdict: Verdict = Verdict()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CosignArrived:
+    """A verified cosignature of our own gateway.
+
+    Attributes:
+        round: that its head names.
+        plan: head hash of the plan that it is for.
+        seal_key: the gateway's X25519 key of the round.
+        expires: unix milliseconds after which it is void; 0 for never.
+    """
+
+    round: int
+    plan: bytes
+    seal_key: bytes
+    expires: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +213,15 @@ class InstallFailed:
 
 @dataclass(frozen=True, slots=True)
 class TrainingDone:
-    """Training for the plan ended well; the runtime holds its result."""
+    """Training for the plan ended well; the runtime holds its result.
+
+    Attributes:
+        plan_hash: of the plan.
+        verdict: on the plan, asked again now: what trust says may have changed while the device trained.
+    """
 
     plan_hash: Digest
+    verdict: Verdict = Verdict()
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,11 +346,25 @@ class CancelTraining:
 
 
 @dataclass(frozen=True, slots=True)
+class Debit:
+    """Make durable what is spent of the device's privacy, before anything else is done for the plan's update."""
+
+    account: Account
+
+
+@dataclass(frozen=True, slots=True)
 class StoreUpdate:
-    """Sign the result of training and make it durable; answer with `AnswerStored`."""
+    """Sign the result of training and make it durable; answer with `AnswerStored`.
+
+    Attributes:
+        plan, plan_hash: the plan.
+        gateway_key, helper_key: X25519 keys of the round in split mode; empty where there is none.
+    """
 
     plan: Plan
     plan_hash: Digest
+    gateway_key: bytes = b""
+    helper_key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,11 +413,14 @@ class RecordRound:
     Attributes:
         round: its number.
         outcome: ``sent``, ``accepted``, ``refused:REASON``, ``declined:REASON``, ``unanswered``, ``cancelled``,
-            ``void`` or ``missed`` (the model did not arrive in time).
+            ``void``, ``missed`` (the model or the gateway's cosignature did not arrive in time) or ``conflict`` (the
+            gateway cosigned another plan).
+        detail: for people; why it was declined.
     """
 
     round: int
     outcome: str
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)

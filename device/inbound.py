@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from fleetfed.device.events import (
     ChunkArrived,
+    CosignArrived,
     ManifestArrived,
     NodeBorn,
     PlanArrived,
     ReceiptArrived,
     RoundEnded,
+    Verdict,
 )
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.trust.certificates import Certificate, Role
 from fleetfed.shared.trust.verifier import Verifier
 from fleetfed.shared.wire import codec, limits
-from fleetfed.shared.wire.envelope import MessageKind, parse_head
-from fleetfed.shared.wire.messages import Life, Manifest, Plan, Presence, Receipt, Revocations, RoundEnd
+from fleetfed.shared.wire.envelope import Digest, MessageKind, parse_head
+from fleetfed.shared.wire.masking import SEALED_BOX, Cosign, SealKey
+from fleetfed.shared.wire.messages import Life, Manifest, Mode, Plan, Presence, Receipt, Revocations, RoundEnd
 from fleetfed.shared.wire.topics import BlobTopic, Broadcast, BroadcastTopic, MemberTopic, Verb, parse
+
+Whose = Literal["GATEWAY", "COORDINATOR", "HELPER"]
 
 
 class Inbound:
@@ -67,6 +72,8 @@ class Inbound:
                 return self._manifest(payload, now)
             case BroadcastTopic(what=Broadcast.PLAN):
                 return self._plan(payload, now)
+            case BroadcastTopic(what=Broadcast.COSIGN):
+                return self._cosign(payload, now)
             case BroadcastTopic(what=Broadcast.NODE):
                 presence = codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE)
                 return NodeBorn(retained) if presence.life is Life.READY else None
@@ -82,8 +89,8 @@ class Inbound:
         Raises:
             RemoteProtocolError: it is refused, and why.
         """
-        lists, _, _ = self._verifier.open(payload, Revocations, kind=MessageKind.REVOCATIONS, now=now)
-        if self._verifier.revoke(lists):
+        lists, _, by = self._verifier.open(payload, Revocations, kind=MessageKind.REVOCATIONS, now=now)
+        if self._verifier.revoke(lists, by=by):
             self._keep_revocations(payload)
 
     def restore_revocations(self, kept: bytes, now: int) -> None:
@@ -106,10 +113,66 @@ class Inbound:
         plan, head, _ = self._verifier.open(payload, Plan, kind=MessageKind.PLAN, now=now)
         if not plan.opened <= plan.deadline <= plan.expires:
             raise RemoteProtocolError(RejectReason.MALFORMED, f"plan {plan.round}: its times are out of order")
-        return PlanArrived(plan, head.hash)
+        return PlanArrived(plan, head.hash, self.judge(plan, now))
+
+    def _cosign(self, payload: bytes, now: int) -> CosignArrived:
+        cosign, head, certificate = self._verifier.open(payload, Cosign, kind=MessageKind.COSIGN, now=now)
+        if certificate.site != self._own.site:
+            raise RemoteProtocolError(RejectReason.WRONG_SITE, f"a cosignature of the gateway of {certificate.site}")
+        _check_key(cosign.seal_key, "GATEWAY")
+        header = head.header
+        return CosignArrived(round=header.round, plan=cosign.plan, seal_key=cosign.seal_key, expires=header.expires_at)
+
+    def judge(self, plan: Plan, now: int) -> Verdict:
+        """What the pinned policy, and the keys that the plan names, say of a verified plan."""
+        floor = self._verifier.policy.privacy
+        try:
+            self._verifier.check_plan(plan, now=now)
+            return Verdict(helper_key=self._split_keys(plan, now), floor=floor)
+        except RemoteProtocolError as error:
+            return Verdict(reason=error.reason, detail=error.detail, floor=floor)
+
+    def _split_keys(self, plan: Plan, now: int) -> bytes:
+        """Check what a plan says of masks; return the helper's key, empty where it has none.
+
+        Raises:
+            RemoteProtocolError: it makes no sense, or its helper is not to be trusted.
+        """
+        split = plan.split
+        if (plan.mode is Mode.SPLIT) != (split is not None):
+            raise RemoteProtocolError(
+                RejectReason.WRONG_SHAPE, f"mode {plan.mode} {'without' if split is None else 'with'} masks"
+            )
+        if split is None:
+            return b""
+        if split.suite != SEALED_BOX:
+            raise RemoteProtocolError(RejectReason.WRONG_SHAPE, f"suite {split.suite} is unknown here")
+        _check_key(split.seal_key, "COORDINATOR")
+        if not split.helper:
+            return b""
+        try:
+            word, _, certificate = self._verifier.open(split.helper, SealKey, kind=MessageKind.SEAL_KEY, now=now)
+        except RemoteProtocolError as error:
+            raise RemoteProtocolError(error.reason, f"the helper's key: {error}") from error
+        if word.helper != certificate.id:
+            raise RemoteProtocolError(RejectReason.WRONG_SENDER, f"{certificate.id} signs the key of {word.helper}")
+        _check_key(word.seal_key, "HELPER")
+        return word.seal_key
 
     def _receipt(self, payload: bytes, now: int) -> ReceiptArrived:
         receipt, _, certificate = self._verifier.open(payload, Receipt, kind=MessageKind.RECEIPT, now=now)
         if certificate.role is Role.GATEWAY and certificate.site != self._own.site:
             raise RemoteProtocolError(RejectReason.WRONG_SITE, f"a receipt of the gateway of {certificate.site}")
         return ReceiptArrived(receipt)
+
+
+def _check_key(public_key: bytes, whose: Whose) -> None:
+    """Refuse a key that nothing can be sealed to, before a device trains for it.
+
+    Raises:
+        RemoteProtocolError: `BAD_BOX`.
+    """
+    # Imported late: a device in plain rounds carries nothing of this.
+    from fleetfed.shared.secure.box import Reader, seal
+
+    seal(bytes(32), Reader[whose], Digest(bytes(32)), public_key)

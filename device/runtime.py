@@ -7,6 +7,7 @@ happens in the loop.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import queue
@@ -88,7 +89,7 @@ class DeviceRuntime:
         self._machine = DeviceMachine(
             device=self._id,
             labels=settings.labels,
-            facts=store.facts(),
+            facts=dataclasses.replace(store.facts(), account=store.account(self._certificate.fleet)),
             largest=settings.run.max_model_mib << 20,
         )
         self._inbox: queue.Queue[Any] = queue.Queue(_INBOX)
@@ -203,7 +204,10 @@ class DeviceRuntime:
     def _trained(self, finished: Finished) -> None:
         self._finished = finished
         if finished.prepared is not None:
-            self._handle(events.TrainingDone(finished.plan_hash))
+            plan = self._machine.plan
+            assert plan is not None
+            verdict = self._inbound.judge(plan, self._clock())
+            self._handle(events.TrainingDone(finished.plan_hash, verdict))
         elif finished.reason is not None:
             _log.warning("no update: %s: %s", finished.reason, finished.detail)
             self._handle(events.TrainingDeclined(finished.plan_hash, finished.reason, finished.detail))
@@ -232,9 +236,9 @@ class DeviceRuntime:
                 self._worker.cancel()
             case events.CountRejection(reason, detail):
                 self._reject(reason, detail)
-            case events.RecordRound(round_, outcome):
-                _log.info("round %d: %s", round_, outcome)
-                self._status.outcome(round_, outcome)
+            case events.RecordRound(round_, outcome, detail):
+                _log.info("round %d: %s", round_, f"{outcome}: {detail}" if detail else outcome)
+                self._status.outcome(round_, outcome, detail)
             case events.Stop():
                 self._stopped = True
             case _:
@@ -254,8 +258,10 @@ class DeviceRuntime:
                 store.drop_parts(keep)
             case events.InstallCard() | events.InstallFull() | events.InstallPatches():
                 yield self._install(instruction)
-            case events.StoreUpdate(plan, plan_hash):
-                yield events.AnswerStored(self._store_update(plan, plan_hash))
+            case events.Debit(account):
+                store.debit(self._certificate.fleet, account)
+            case events.StoreUpdate():
+                yield events.AnswerStored(self._store_update(instruction))
             case events.StoreDecline(plan, plan_hash, reason, detail):
                 now = self._clock()
                 message = self._signer.sign(
@@ -292,13 +298,16 @@ class DeviceRuntime:
         self._status.touch()
         return events.ModelInstalled(model)
 
-    def _store_update(self, plan: Plan, plan_hash: Digest) -> Answer:
+    def _store_update(self, order: events.StoreUpdate) -> Answer:
+        plan, plan_hash = order.plan, order.plan_hash
         finished = self._finished
         assert finished is not None
         assert finished.prepared is not None
         assert finished.plan_hash == plan_hash
         prepared = finished.prepared
-        message = update.sign(prepared, plan, plan_hash, signer=self._signer, now=self._clock())
+        message = update.sign(
+            prepared, plan, plan_hash, signer=self._signer, now=self._clock(), seals=self._seals(order)
+        )
         answer = _answer(message, AnswerKind.UPDATE, plan, plan_hash)
         model = self._machine.sync.holds(plan.model_version, plan.model_sha256)
         assert model is not None
@@ -316,6 +325,16 @@ class DeviceRuntime:
         )
         self._finished = None
         return answer
+
+    def _seals(self, order: events.StoreUpdate) -> update.Seals | None:
+        if order.plan.split is None:
+            return None
+        return update.Seals(
+            gateway=order.gateway_key,
+            coordinator=order.plan.split.seal_key,
+            helper=order.helper_key,
+            hedge=self._store.hedge(),
+        )
 
     def _train(self, order: events.Train) -> None:
         self._status.training(order.plan.round, self._clock())
@@ -386,11 +405,12 @@ class DeviceRuntime:
             model=models[0] if models else None,
             wire=self._session.meter.snapshot(),
             refused_by_broker=self._sender.refused,
+            account=self._machine.account,
         )
 
 
-_HEARD: Final = (Broadcast.REVOKED, Broadcast.NODE, Broadcast.MODEL, Broadcast.PLAN)
-"""What the device listens to; in this order, so that a plan meets its model's manifest."""
+_HEARD: Final = (Broadcast.REVOKED, Broadcast.NODE, Broadcast.MODEL, Broadcast.COSIGN, Broadcast.PLAN)
+"""What the device listens to; in this order, so that a plan meets its model's manifest and its cosignature."""
 
 
 def _answer(message: Message, kind: AnswerKind, plan: Plan, plan_hash: Digest, *, reason: str = "") -> Answer:

@@ -7,16 +7,19 @@ Rules (`docs/protocol.md`, "Device"):
 2. A plan waits for its model; the model that training needs may be the newest or the one before it.
 3. A later plan, the end of the round, or the plan's deadline stops training; a stopped plan is not answered.
 4. A refusal brings the old residual back, except where it only means "not now" (`RejectReason.OVERLOADED`).
-5. Nothing that a peer says stops the device: it is counted with its reason, and the device goes on.
+5. What a plan asks is judged in this order: policy, selection, labels, privacy ledger, the gateway's cosignature (split
+   mode: without it the plan waits), model. Policy and ledger are asked again when training is done.
+6. Nothing that a peer says stops the device: it is counted with its reason, and the device goes on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Final
 
+from fleetfed.device.cosign import Cosigns
 from fleetfed.device.events import (
     AbandonSending,
     Announce,
@@ -27,7 +30,9 @@ from fleetfed.device.events import (
     CardInstalled,
     ChunkArrived,
     Connected,
+    CosignArrived,
     CountRejection,
+    Debit,
     Disconnected,
     Fate,
     HeldModel,
@@ -49,7 +54,9 @@ from fleetfed.device.events import (
     Train,
     TrainingDeclined,
     TrainingDone,
+    Verdict,
 )
+from fleetfed.device.ledger import Account
 from fleetfed.device.sync import ModelSync
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.machine import Edge, Machine, TimerFired
@@ -71,7 +78,7 @@ class DeviceState(StrEnum):
     IDLE = "idle"
     """No plan that it could answer."""
     WAITING = "waiting"
-    """A plan takes it; the model is not here, or the plan has not begun."""
+    """A plan takes it; model or cosignature are not here, or the plan has not begun."""
     TRAINING = "training"
     SENDING = "sending"
     """The answer is durable; no receipt yet."""
@@ -87,12 +94,14 @@ class Facts:
         cards: digests of the cards on disk.
         floor: no manifest below it is taken.
         answer: the newest answer, whatever its fate.
+        account: what is spent of the device's privacy in its fleet.
     """
 
     models: tuple[HeldModel, ...] = ()
     cards: frozenset[bytes] = frozenset()
     floor: int = 0
     answer: Answer | None = None
+    account: Account = field(default_factory=Account)
 
 
 _ANYWHERE: Final = (DeviceState.IDLE, DeviceState.WAITING, DeviceState.TRAINING, DeviceState.SENDING)
@@ -130,6 +139,12 @@ _EDGES: Final[dict[type, dict[DeviceState, Edge]]] = {
             "_on_plan", DeviceState.SENDING, DeviceState.IDLE, DeviceState.WAITING, DeviceState.TRAINING
         ),
     },
+    CosignArrived: {
+        DeviceState.IDLE: Edge("_on_cosign"),
+        DeviceState.WAITING: Edge("_on_cosign", DeviceState.WAITING, DeviceState.TRAINING, DeviceState.IDLE),
+        DeviceState.TRAINING: Edge("_on_cosign", DeviceState.TRAINING, DeviceState.IDLE),
+        DeviceState.SENDING: Edge("_on_cosign", DeviceState.SENDING, DeviceState.IDLE),
+    },
     RoundEnded: {
         DeviceState.IDLE: Edge("_on_round_end"),
         DeviceState.WAITING: Edge("_on_round_end", DeviceState.WAITING, DeviceState.IDLE),
@@ -137,7 +152,12 @@ _EDGES: Final[dict[type, dict[DeviceState, Edge]]] = {
         DeviceState.SENDING: Edge("_on_round_end", DeviceState.SENDING, DeviceState.IDLE),
     },
     # What arrives after training was stopped is not wanted any more.
-    TrainingDone: dict.fromkeys(_ANYWHERE, Edge("_on_trained")),
+    TrainingDone: {
+        DeviceState.IDLE: Edge("_on_trained"),
+        DeviceState.WAITING: Edge("_on_trained"),
+        DeviceState.TRAINING: Edge("_on_trained", DeviceState.TRAINING, DeviceState.IDLE),
+        DeviceState.SENDING: Edge("_on_trained"),
+    },
     TrainingDeclined: dict.fromkeys(_ANYWHERE, Edge("_on_declined")),
     AnswerStored: {
         DeviceState.IDLE: Edge("_on_stored", DeviceState.SENDING, DeviceState.IDLE),
@@ -182,15 +202,24 @@ class DeviceMachine(Machine[DeviceState]):
         super().__init__(DeviceState.SENDING if sending else DeviceState.IDLE)
         self.sync = ModelSync(facts.models, cards=facts.cards, floor=facts.floor, largest=largest)
         self.answer = answer
+        self.account = facts.account
         self._device = device
         self._labels = labels
         self._plan: Plan | None = None
         self._plan_hash = Digest(b"")
+        self._verdict = Verdict()
+        self._cosigns = Cosigns()
+        self._detail = ""
         self._over = 0
         self._storing = False
         self._online = False
         self._resend_at: int | None = None
         self._resend_after = FIRST_RESEND
+
+    @property
+    def plan(self) -> Plan | None:
+        """The latest plan."""
+        return self._plan
 
     # --- Time ---------------------------------------------------------------------------------------------------------
 
@@ -200,7 +229,9 @@ class DeviceMachine(Machine[DeviceState]):
         plan = self._plan
         if self.state is DeviceState.WAITING and plan is not None:
             ready = self.sync.holds(plan.model_version, plan.model_sha256) is not None
-            times.append(plan.opened - SLOW_CLOCK if ready else plan.deadline)
+            begins = plan.opened - SLOW_CLOCK
+            # Whatever else is waited for comes as an event, or not at all.
+            times.append(begins if ready and self._cosigned(begins) else plan.deadline)
         elif self.state is DeviceState.TRAINING and plan is not None:
             times.append(plan.deadline)
         elif self.state is DeviceState.SENDING and self.answer is not None:
@@ -287,16 +318,35 @@ class DeviceMachine(Machine[DeviceState]):
             return [CountRejection(reason, f"plan of round {plan.round} after round {latest}")]
         out = self._leave()
         self._storing = False
-        self._plan, self._plan_hash = plan, event.plan_hash
+        self._plan, self._plan_hash, self._verdict = plan, event.plan_hash, event.verdict
+        if event.verdict.reason is not None:
+            out.append(self._refusal())
         if not takes(event.plan_hash, self._device, plan.eligibility):
             return out
-        missing = {k: v for k, v in plan.eligibility.labels.items() if self._labels.get(k) != v}
-        if missing:
-            if now >= plan.deadline:
-                return out
-            return [*out, *self._decline(DeclineReason.LABELS, f"not {missing}"[:200])]
+        unfit = self._unfit(plan)
+        if unfit is not None:
+            return out if now >= plan.deadline else [*out, *self._decline(*unfit)]
+        self.account = self.account.allowed(plan, event.verdict.floor)
+        if self._cosigns.spoilt(plan.round, self._plan_hash):
+            return [*out, self._conflict(plan.round), RecordRound(plan.round, "conflict")]
         self.state = DeviceState.WAITING
         return out + self._begin(now)
+
+    def _unfit(self, plan: Plan) -> tuple[DeclineReason, str] | None:
+        """Why this device, which the plan selects, takes no part; None if it may."""
+        verdict = self._verdict
+        if verdict.reason is not None:
+            return DeclineReason.POLICY, f"{verdict.reason}: {verdict.detail}"
+        missing = {k: v for k, v in plan.eligibility.labels.items() if self._labels.get(k) != v}
+        if missing:
+            return DeclineReason.LABELS, f"not {missing}"[:200]
+        return self.account.refusal(plan, self._plan_hash, verdict.floor)
+
+    def _refusal(self) -> CountRejection:
+        plan, reason = self._plan, self._verdict.reason
+        assert plan is not None
+        assert reason is not None
+        return CountRejection(reason, f"plan of round {plan.round}: {self._verdict.detail}")
 
     def _leave(self) -> list[Any]:
         """Make room for a later plan."""
@@ -312,7 +362,7 @@ class DeviceMachine(Machine[DeviceState]):
         assert plan is not None
         if now >= plan.deadline:
             return self._drop_plan("missed")
-        if now < plan.opened - SLOW_CLOCK or self._storing:
+        if now < plan.opened - SLOW_CLOCK or self._storing or not self._cosigned(now):
             return []
         model = self.sync.holds(plan.model_version, plan.model_sha256)
         if model is None:
@@ -330,12 +380,66 @@ class DeviceMachine(Machine[DeviceState]):
         self._storing = False
         return [*out, RecordRound(plan.round, outcome)]
 
-    def _on_trained(self, event: TrainingDone, _now: int) -> list[Any]:
+    # --- Cosignature --------------------------------------------------------------------------------------------------
+
+    def _cosigned(self, now: int) -> bool:
+        """Whether the plan needs no cosignature, or has it."""
+        plan = self._plan
+        assert plan is not None
+        return plan.split is None or self._cosigns.key(plan.round, self._plan_hash, now) is not None
+
+    def _on_cosign(self, event: CosignArrived, now: int) -> list[Any]:
+        plan, answer = self._plan, self.answer
+        if plan is not None and event.plan == self._plan_hash and event.round != plan.round:
+            return [CountRejection(RejectReason.WRONG_ROUND, f"round {plan.round} cosigned as round {event.round}")]
+        current = max(plan.round if plan is not None else 0, answer.round if answer is not None else 0)
+        if event.round <= self._over or event.round < current:
+            return []
+        mine = None
+        if plan is not None and plan.round == event.round:
+            mine = self._plan_hash
+        elif answer is not None and answer.round == event.round:
+            mine = Digest(answer.plan)
+        if self._cosigns.hear(event, current=current) and mine in (None, event.plan):
+            return self._reconsider(now)
+        return [self._conflict(event.round), *self._spoil(event.round)]
+
+    def _conflict(self, round_: int) -> CountRejection:
+        return CountRejection(RejectReason.CONFLICT, f"the gateway cosigned another plan of round {round_}")
+
+    def _spoil(self, round_: int) -> list[Any]:
+        """Make, and send, no update in a round for which the gateway gave its word twice."""
+        plan, answer = self._plan, self.answer
+        if self.state is DeviceState.SENDING and answer is not None and answer.round == round_:
+            return self._settle(Fate.UNANSWERED, "")
+        if self.state in (DeviceState.TRAINING, DeviceState.WAITING) and plan is not None and plan.round == round_:
+            return self._drop_plan("conflict")
+        return []
+
+    # --- Answer -------------------------------------------------------------------------------------------------------
+
+    def _on_trained(self, event: TrainingDone, now: int) -> list[Any]:
         if self.state is not DeviceState.TRAINING or event.plan_hash != self._plan_hash or self._storing:
             return []
-        assert self._plan is not None
+        plan, plan_hash = self._plan, self._plan_hash
+        assert plan is not None
+        self._verdict = event.verdict
+        unfit = self._unfit(plan)
+        if unfit is not None:
+            counted = [self._refusal()] if event.verdict.reason is not None else []
+            return [*counted, *self._decline(*unfit)]
+        gateway_key = b""
+        if plan.split is not None:
+            key = self._cosigns.key(plan.round, plan_hash, now)
+            if key is None:
+                return self._drop_plan("missed")
+            gateway_key = key
         self._storing = True
-        return [StoreUpdate(self._plan, self._plan_hash)]
+        out: list[Any] = []
+        if plan.privacy is not None:
+            self.account = self.account.debited(plan, plan_hash, event.verdict.floor)
+            out.append(Debit(self.account))
+        return [*out, StoreUpdate(plan, plan_hash, gateway_key, event.verdict.helper_key)]
 
     def _on_declined(self, event: TrainingDeclined, _now: int) -> list[Any]:
         if self.state is not DeviceState.TRAINING or event.plan_hash != self._plan_hash or self._storing:
@@ -345,6 +449,7 @@ class DeviceMachine(Machine[DeviceState]):
     def _decline(self, reason: DeclineReason, detail: str) -> list[Any]:
         assert self._plan is not None
         self._storing = True
+        self._detail = detail
         return [StoreDecline(self._plan, self._plan_hash, reason, detail)]
 
     def _on_stored(self, event: AnswerStored, now: int) -> list[Any]:
@@ -357,8 +462,8 @@ class DeviceMachine(Machine[DeviceState]):
         self.answer = answer
         if answer.kind is AnswerKind.DECLINE:
             self.state = DeviceState.IDLE
-            return [RecordRound(answer.round, f"declined:{answer.reason}"), *self._send_again(now)]
-        if answer.round <= self._over:
+            return [RecordRound(answer.round, f"declined:{answer.reason}", self._detail[:300]), *self._send_again(now)]
+        if answer.round <= self._over or self._cosigns.spoilt(answer.round, self._plan_hash):
             self.state = DeviceState.IDLE
             return self._settle(Fate.UNANSWERED, "")
         self.state = DeviceState.SENDING

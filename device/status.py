@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fleetfed.device.events import HeldModel
+from fleetfed.device.ledger import Account
 from fleetfed.device.worker import Summary
 from fleetfed.shared.mqtt.meter import ByteCount
 from fleetfed.shared.telemetry import Counters, peak_mb
@@ -55,9 +56,12 @@ class StatusFile:
             outcome="sent",
         )
 
-    def outcome(self, round_: int, outcome: str) -> None:
-        """What became of the round."""
-        self._row(round_)["outcome"] = outcome
+    def outcome(self, round_: int, outcome: str, detail: str = "") -> None:
+        """What became of the round; ``detail`` says why, where there is more to say."""
+        row = self._row(round_)
+        row["outcome"] = outcome
+        if detail:
+            row["detail"] = detail
 
     def reject(self, reason: str) -> None:
         """Something was refused."""
@@ -68,7 +72,16 @@ class StatusFile:
         """Something else changed."""
         self.dirty = True
 
-    def write(self, now: int, *, state: str, model: HeldModel | None, wire: ByteCount, refused_by_broker: int) -> None:
+    def write(
+        self,
+        now: int,
+        *,
+        state: str,
+        model: HeldModel | None,
+        wire: ByteCount,
+        refused_by_broker: int,
+        account: Account,
+    ) -> None:
         """Replace the file."""
         total = self._before + wire
         status = {
@@ -84,6 +97,12 @@ class StatusFile:
             "rss_mb_max": round(peak_mb(), 1),
             "rejected": self._rejected.snapshot(),
             "refused_by_broker": refused_by_broker,
+            "privacy": {
+                "participations": account.participations,
+                "most": account.most,
+                "left": max(account.most - account.participations, 0),
+                "last_round": account.last_round,
+            },
             "rounds": list(self._rounds.values()),
         }
         temporary = self._path.with_name(".status.json")

@@ -5,6 +5,8 @@
     state/
       lock           held by the running process
       record         floor, models held, fates of the newest answers; replaced whole, with a digest
+      ledger         see `fleetfed.device.ledger`; the record knows how much it must hold at least
+      hedge          32 random bytes that go into every mask's seed; made once
       sequence       see `fleetfed.shared.trust.sequence`
       revoked        the authority's newest revocation list, as signed
       models/HASH.tflite      cards/DIGEST.card      parts/DIGEST
@@ -33,6 +35,7 @@ from numpy.typing import NDArray
 
 from fleetfed.device.disk import Disk
 from fleetfed.device.events import Answer, AnswerKind, Fate, HeldModel
+from fleetfed.device.ledger import Account, Ledger
 from fleetfed.device.state import Facts
 from fleetfed.shared.errors import (
     ConfigError,
@@ -53,6 +56,7 @@ from fleetfed.shared.wire.messages import BlobRef, Manifest, PatchRef
 _log = logging.getLogger(__name__)
 
 _DIGEST: Final = 32
+_HEDGE: Final = 32
 _PART_DIGEST: Final = 16
 _ANSWER: Final = struct.Struct("<4sI")
 _MAGIC: Final = b"FFDA"
@@ -70,6 +74,7 @@ class _Record:
     floor: Count = 0
     models: Annotated[tuple[HeldModel, ...], Length(0, 2)] = ()
     fates: Annotated[tuple[Answer, ...], Length(0, _KEPT_FATES)] = ()
+    spent: Count = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +94,7 @@ class Store:
 
     Raises:
         ConfigError: another process uses the folder.
-        StorageError: the record or an answer is damaged.
+        StorageError: the record, the ledger or an answer is damaged.
     """
 
     def __init__(self, directory: Path, *, disk: Disk | None = None) -> None:
@@ -108,6 +113,7 @@ class Store:
             except OSError as error:
                 raise ConfigError(f"{directory}: another process uses this state folder") from error
             self._record = self._read_record()
+            self._ledger = Ledger(directory / "ledger", disk=self._disk, spent=self._record.spent)
             self._files = self._read_answers()
             self._check_models()
             self._tidy()
@@ -315,6 +321,34 @@ class Store:
             if digest(residual.data.cast("B")) != header.residual_digest:
                 raise StorageError(f"{path}: the residual is damaged; delete this file")
             return residual
+
+    # --- Privacy ------------------------------------------------------------------------------------------------------
+
+    def account(self, fleet: str) -> Account:
+        """What is spent of the device's privacy in a fleet."""
+        return self._ledger.account(fleet)
+
+    def debit(self, fleet: str, account: Account) -> None:
+        """Make durable what is spent: first in the ledger, then that the ledger holds it."""
+        self._ledger.keep(fleet, account)
+        if self._ledger.spent != self._record.spent:
+            self._write_record(replace(self._record, spent=self._ledger.spent))
+
+    def hedge(self) -> bytes:
+        """The device's own secret of 32 bytes; made when it is first asked for.
+
+        Raises:
+            StorageError: it is damaged.
+        """
+        path = self.directory / "hedge"
+        try:
+            secret = path.read_bytes()
+        except FileNotFoundError:
+            secret = os.urandom(_HEDGE)
+            self._replace(path, secret)
+        if len(secret) != _HEDGE:
+            raise StorageError(f"{path}: damaged; delete it, and a new one is made")
+        return secret
 
     # --- Revocations --------------------------------------------------------------------------------------------------
 

@@ -1,31 +1,39 @@
-"""From a trained delta to the bytes of an update: quantized on the plan's grid, packed, signed.
+"""From a trained delta to the bytes of an update: quantized on the plan's grid, packed, masked in split mode, signed.
 
 Works in place and tensor by tensor where it can: beside the delta there is one more float vector (the error that is
-carried to the next round) and one of small integers.
+carried to the next round) and one of small integers. In split mode the words are masked where they stand, so that the
+unmasked ones are gone with that; beside them there is the encrypted body.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fleetfed.device.trainer import Trained
 from fleetfed.shared.aggregate.body import encode_body
+from fleetfed.shared.aggregate.lanes import Words
 from fleetfed.shared.aggregate.meta import Contribution
 from fleetfed.shared.aggregate.quantize import NonFiniteDeltaError, quantize
 from fleetfed.shared.aggregate.scheme import scheme_of
 from fleetfed.shared.errors import LocalProtocolError
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.trust.signer import Message, Signer
-from fleetfed.shared.wire.envelope import Digest, MessageKind
-from fleetfed.shared.wire.messages import Plan, Weighting
-from fleetfed.shared.wire.update import UpdateExtension
+from fleetfed.shared.wire.envelope import Digest, Header, MessageKind
+from fleetfed.shared.wire.messages import Mode, Plan, Weighting
+from fleetfed.shared.wire.update import BOX_SIZE, EXTENSION_SIZE, PLAIN, SPLIT, UpdateExtension
+
+if TYPE_CHECKING:
+    from fleetfed.shared.secure.box import Reader
 
 Residual = NDArray[np.float32]
 
-__all__ = ["NonFiniteDeltaError", "Prepared", "check_plan", "prepare", "sign"]
+__all__ = ["NonFiniteDeltaError", "Prepared", "Seals", "check_plan", "prepare", "sign"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,7 +41,9 @@ class Prepared:
     """An update that needs only a signature.
 
     Attributes:
-        body: what `aggregate.body` makes of values and meta words.
+        body: in plain mode, what `aggregate.body` makes of values and meta words; empty in split mode.
+        words: in split mode, values and meta words as the ring packs them; None in plain mode. `sign` masks them in
+            place.
         dimension: values in it.
         meta_words: how many of them.
         residual: float32 of shape (parameters,) for the next round; None without error feedback.
@@ -41,12 +51,40 @@ class Prepared:
         clipped: fraction of coordinates beyond their clip.
     """
 
-    body: bytes
+    body: bytes = b""
+    words: Words | None = None
     dimension: int
     meta_words: int
     residual: Residual | None
     weight: int
     clipped: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seals:
+    """What an update of split mode is sealed with.
+
+    Attributes:
+        gateway, coordinator: X25519 keys of the round.
+        helper: the helper's; empty where the coordinator alone holds seeds.
+        hedge: the device's own secret, `Store.hedge`.
+        randomness: returns so many unpredictable bytes.
+    """
+
+    gateway: bytes
+    coordinator: bytes
+    helper: bytes = b""
+    hedge: bytes
+    randomness: Callable[[int], bytes] = os.urandom
+
+    @property
+    def seed_keys(self) -> tuple[tuple[Reader, bytes], ...]:
+        """Who holds a seed of the update's mask, and their keys, in the order of the extension."""
+        # Imported late: a device in plain rounds carries nothing of this.
+        from fleetfed.shared.secure.box import Reader
+
+        helper = ((Reader.HELPER, self.helper),) if self.helper else ()
+        return ((Reader.COORDINATOR, self.coordinator), *helper)
 
 
 def check_plan(plan: Plan, card: ModelCard) -> None:
@@ -98,8 +136,16 @@ def prepare(
         clipped=quantized.clipped,
         log2_rms=quantized.log2_rms,
     )
+    meta, body, words = layout.encode(contribution), b"", None
+    if plan.mode is Mode.SPLIT:
+        words = scheme.ring.layout.pack(quantized.values, meta)
+        # The words are masked before they leave; what they were made of is not to outlive them.
+        quantized.values.fill(0)
+    else:
+        body = encode_body(quantized.values, meta, limit=grid.limit)
     return Prepared(
-        body=encode_body(quantized.values, layout.encode(contribution), limit=grid.limit),
+        body=body,
+        words=words,
         dimension=grid.dimension,
         meta_words=layout.words,
         residual=quantized.residual,
@@ -108,17 +154,26 @@ def prepare(
     )
 
 
-def sign(prepared: Prepared, plan: Plan, plan_hash: Digest, *, signer: Signer, now: int) -> Message:
+def sign(
+    prepared: Prepared, plan: Plan, plan_hash: Digest, *, signer: Signer, now: int, seals: Seals | None = None
+) -> Message:
     """The signed message. It expires with the round.
 
     Args:
-        prepared: from `prepare`.
+        prepared: from `prepare`; in split mode its words are masked in place, so it is signed once.
         plan: what it answers.
         plan_hash: head hash of the plan.
         signer: in the device's name.
         now: unix milliseconds.
+        seals: in split mode, and only there.
+
+    Raises:
+        RemoteProtocolError: `BAD_BOX`: a key of ``seals`` is none.
     """
+    assert (plan.split is None) == (seals is None) == (prepared.words is None)
     extension = UpdateExtension(
+        mode=PLAIN if plan.split is None else SPLIT,
+        suite=0 if plan.split is None else plan.split.suite,
         bits=plan.quantization.bits,
         lane_bits=plan.quantization.lane_bits,
         dimension=prepared.dimension,
@@ -126,6 +181,9 @@ def sign(prepared: Prepared, plan: Plan, plan_hash: Digest, *, signer: Signer, n
         plan=plan_hash,
         model_sha256=plan.model_sha256,
     )
+    lifetime = max(plan.expires - now, 1)
+    if seals is not None and prepared.words is not None:
+        return _sign_masked(prepared.words, extension, seals, signer=signer, now=now, round=plan.round, life=lifetime)
     return signer.sign_raw(
         MessageKind.UPDATE,
         prepared.body,
@@ -133,6 +191,35 @@ def sign(prepared: Prepared, plan: Plan, plan_hash: Digest, *, signer: Signer, n
         compressed=False,
         now=now,
         round=plan.round,
-        lifetime=max(plan.expires - now, 1),
+        lifetime=lifetime,
         extension=extension.encode(),
+    )
+
+
+def _sign_masked(
+    words: Words, extension: UpdateExtension, seals: Seals, *, signer: Signer, now: int, round: int, life: int
+) -> Message:
+    from fleetfed.shared.secure import split
+
+    fixed, seed_keys = extension.fixed(), seals.seed_keys
+
+    def fill(header: Header) -> tuple[bytes, bytes]:
+        body, boxes = split.mask(
+            words,
+            split.binding(header, fixed),
+            gateway_key=seals.gateway,
+            seed_keys=seed_keys,
+            randomness=seals.randomness,
+            hedge=seals.hedge,
+        )
+        return body, fixed + b"".join(boxes)
+
+    return signer.sign_bound(
+        MessageKind.UPDATE,
+        fill,
+        body_size=split.body_size(words.size),
+        extension_size=EXTENSION_SIZE + BOX_SIZE * (1 + len(seed_keys)),
+        now=now,
+        round=round,
+        lifetime=life,
     )

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from fleetfed_testing.device_driver import CARD, LARGEST, Driver, answer, hash_of, held, kinds, plan, receipt, sha
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetfed.device import events as e
-from fleetfed.device.events import Answer, AnswerKind, Fate, HeldModel
+from fleetfed.device.events import AnswerKind, Fate
 from fleetfed.device.state import FIRST_RESEND, LONGEST_RESEND, SLOW_CLOCK, DeviceMachine, DeviceState, Facts
 from fleetfed.shared.errors import IllegalTransitionError, RejectReason
 from fleetfed.shared.machine import TimerFired
@@ -23,24 +24,8 @@ from fleetfed.shared.wire.messages import (
     Manifest,
     Outcome,
     PatchRef,
-    Plan,
-    Quantization,
-    Receipt,
     RoundEnd,
 )
-
-CARD = publishable(b"card")
-LARGEST = 1 << 20
-NOTHING = Facts()
-
-
-def sha(version: int) -> bytes:
-    return bytes([version]) * 32
-
-
-def held(version: int) -> HeldModel:
-    return HeldModel(version=version, sha256=sha(version), card=CARD.ref.digest)
-
 
 FILE = publishable(b"".join(i.to_bytes(2, "big") for i in range(500)), chunk=200)
 
@@ -74,76 +59,6 @@ def manifest(version: int, *patches: PatchRef, full_version: int | None = None, 
         "patches": patches,
     }
     return Manifest(**{**whole, **changes})
-
-
-def plan(round_: int = 1, version: int = 1, **changes: Any) -> Plan:
-    whole = {
-        "round": round_,
-        "model_version": version,
-        "model_sha256": sha(version),
-        "dimension": 10,
-        "quantization": Quantization(bits=4, lane_bits=16, clips=(1.0,), weight_cap=10),
-        "opened": 1000,
-        "deadline": 60_000,
-        "expires": 90_000,
-        "nonce": bytes(16),
-    }
-    return Plan(**{**whole, **changes})
-
-
-def hash_of(round_: int) -> Digest:
-    return Digest(b"p" + bytes([round_]) * 31)
-
-
-def answer(round_: int = 1, kind: AnswerKind = AnswerKind.UPDATE, **changes: Any) -> Answer:
-    whole = {
-        "round": round_,
-        "plan": hash_of(round_),
-        "kind": kind,
-        "message_id": bytes([round_]) * 16,
-        "head": bytes([round_]) * 32,
-        "expires": 90_000,
-        "size": 100,
-        "reason": "labels" if kind is AnswerKind.DECLINE else "",
-    }
-    return Answer(**{**whole, **changes})
-
-
-def receipt(round_: int = 1, reason: RejectReason | None = None, **changes: Any) -> e.ReceiptArrived:
-    return e.ReceiptArrived(
-        Receipt(**{"message_id": bytes([round_]) * 16, "head": bytes([round_]) * 32, "reason": reason, **changes})
-    )
-
-
-class Driver:
-    """Feeds a machine and checks it after each event."""
-
-    def __init__(self, facts: Facts = NOTHING, labels: dict[str, str] | None = None) -> None:
-        self.machine = DeviceMachine(device="d-1", labels=labels or {}, facts=facts, largest=LARGEST)
-        self.now = 2000
-
-    @property
-    def state(self) -> DeviceState:
-        return self.machine.state
-
-    def __call__(self, *events: Any, now: int | None = None) -> list[Any]:
-        self.now = self.now if now is None else now
-        out: list[Any] = []
-        for event in events:
-            out += self.machine.handle(event, self.now)
-            self.machine.validate()
-        return out
-
-    def plan(self, round_: int = 1, version: int = 1, **changes: Any) -> list[Any]:
-        return self(e.PlanArrived(plan(round_, version, **changes), hash_of(round_)))
-
-    def train_and_store(self, round_: int = 1) -> list[Any]:
-        self(e.TrainingDone(hash_of(round_)))
-        return self(e.AnswerStored(answer(round_)))
-
-
-def kinds(instructions: list[Any]) -> list[str]:
-    return [type(each).__name__ for each in instructions]
 
 
 @pytest.fixture
@@ -226,7 +141,10 @@ def test_labels_that_do_not_fit_are_declined(ready: Driver) -> None:
     assert isinstance(store, e.StoreDecline)
     assert store.reason is DeclineReason.LABELS
     declined = answer(kind=AnswerKind.DECLINE)
-    assert ready(e.AnswerStored(declined)) == [e.RecordRound(1, "declined:labels"), e.SendAnswer(declined)]
+    assert ready(e.AnswerStored(declined)) == [
+        e.RecordRound(1, "declined:labels", "not {'region': 'north'}"),
+        e.SendAnswer(declined),
+    ]
     assert ready.state is DeviceState.IDLE
     assert e.SendAnswer(declined) in ready(e.Disconnected(), e.Connected())
 
