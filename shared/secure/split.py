@@ -76,7 +76,7 @@ def mask(
         add_mask(words, mask_key(seed, bound))
         boxes.append(seal(seed, reader, bound, public_key))
     key = derive(randomness(KEY_SIZE) + hedge, Label.BODY_KEY, bound)
-    body = encrypt(memoryview(words.astype("<u8", copy=False)).cast("B"), key, bound)
+    body = encrypt(words.astype("<u8", copy=False).data.cast("B"), key, bound)
     return body, (seal(key, Reader.GATEWAY, bound, gateway_key), *boxes)
 
 
