@@ -21,7 +21,16 @@ from fleetfed.shared.trust.certificates import Certificate, Role
 from fleetfed.shared.trust.keys import signature_is_good
 from fleetfed.shared.trust.policy import Policy, check_plan
 from fleetfed.shared.wire import codec
-from fleetfed.shared.wire.envelope import Head, KeyId, MessageKind, fleet_id, key_id, open_body, parse_head, signed_bytes
+from fleetfed.shared.wire.envelope import (
+    Head,
+    KeyId,
+    MessageKind,
+    fleet_id,
+    key_id,
+    open_body,
+    parse_head,
+    signed_bytes,
+)
 from fleetfed.shared.wire.limits import MAX_REVOKED
 from fleetfed.shared.wire.messages import Manifest, Plan, Revocations
 from fleetfed.shared.wire.trust import Directory

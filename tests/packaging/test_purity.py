@@ -27,6 +27,8 @@ ONLY_IN = {
     "click": {"cloud_coordinator"},
     "rich": {"cloud_coordinator"},
     "cryptography": {"cloud_coordinator", "shared/secure"},
+    "tuf": {"shared/trust", "cloud_coordinator/keys"},
+    "securesystemslib": {"shared/trust"},
     "tensorflow": {"cloud_coordinator/builder", "cloud_coordinator/zoo"},
     "sklearn": {"cloud_coordinator/demo"},
     "matplotlib": {"cloud_coordinator/demo"},
