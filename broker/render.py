@@ -2,7 +2,7 @@
 
 Least privilege: a member writes what stands below its own id and reads what is said to it and to its whole site; the
 node that serves a site reads its members, answers them and is the only one to publish the site's broadcasts; an
-operator has its own branch at the cloud site. Nobody else sees anything.
+operator, and a helper, has its own branch at the cloud site. Nobody else sees anything.
 
 A kind of which members are listed gets exact blocks, one per member. A kind without any gets ``pattern`` lines, which
 hold for every certificate: then a device need not be listed before it connects, at the price that it may read the
@@ -24,6 +24,8 @@ from fleetfed.shared.errors import ConfigError, LocalProtocolError
 from fleetfed.shared.wire.topics import CLOUD_SITE, Direction, Kind, SiteTopics, check_id
 
 _MEMBER_KINDS: Final = (Kind.DEVICE, Kind.GATEWAY)
+_LISTED_KINDS: Final = (*_MEMBER_KINDS, Kind.HELPER)
+"""There are never many helpers, so they get exact blocks always."""
 _FILE_MODE: Final = 0o644
 
 
@@ -32,7 +34,7 @@ class Member:
     """Where one member belongs.
 
     Attributes:
-        kind: device or gateway.
+        kind: device, gateway or helper.
         site: the site that serves it.
     """
 
@@ -79,8 +81,10 @@ class Inventory:
         for name, member in self.members.items():
             if member.site not in self.sites:
                 raise ConfigError(f"member {name}: site {member.site!r} is not on this broker")
-            if member.kind not in _MEMBER_KINDS:
-                raise ConfigError(f"member {name}: kind {member.kind!r} is not d or g")
+            if member.kind not in _LISTED_KINDS:
+                raise ConfigError(f"member {name}: kind {member.kind!r} is not d, g or h")
+            if member.kind is Kind.HELPER and member.site != CLOUD_SITE:
+                raise ConfigError(f"member {name}: a helper belongs to site {CLOUD_SITE!r}")
 
 
 def load_inventory(path: Path) -> Inventory:
@@ -127,8 +131,8 @@ def _inventory(table: Mapping[str, Any]) -> Inventory:
         raise ConfigError('members must be a table of id = { kind = "d", site = "…" }')
     placed: dict[str, Member] = {}
     for name, place in members.items():
-        if not isinstance(place, dict) or place.keys() != {"kind", "site"} or place["kind"] not in set(_MEMBER_KINDS):
-            raise ConfigError(f'member {name}: give {{ kind = "d" or "g", site = "…" }}')
+        if not isinstance(place, dict) or place.keys() != {"kind", "site"} or place["kind"] not in set(_LISTED_KINDS):
+            raise ConfigError(f'member {name}: give {{ kind = "d", "g" or "h", site = "…" }}')
         placed[name] = Member(Kind(place["kind"]), str(place["site"]))
     return Inventory(fleet=fleet, sites=sites, operators=tuple(operators), members=placed)
 
@@ -140,7 +144,7 @@ def render_acl(inventory: Inventory) -> str:
     patterns: list[str] = []
     for site, node in sorted(inventory.sites.items()):
         root = SiteTopics(inventory.fleet, site).root
-        kinds = (*_MEMBER_KINDS, Kind.OPERATOR) if site == CLOUD_SITE else _MEMBER_KINDS
+        kinds = (*_LISTED_KINDS, Kind.OPERATOR) if site == CLOUD_SITE else _MEMBER_KINDS
         lines = users.setdefault(node, [])
         for kind in kinds:
             lines.append(f"topic read {root}/{kind}/+/{Direction.UP}/+")

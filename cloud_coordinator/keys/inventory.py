@@ -38,6 +38,8 @@ def inventory_of(keyring: Keyring, *, sites: Collection[str] | None = None, list
             members[member.id] = Member(Kind.GATEWAY, member.upstream)
         elif member.role is MemberRole.DEVICE and list_devices and member.site in nodes:
             members[member.id] = Member(Kind.DEVICE, member.site)
+        elif member.role is MemberRole.HELPER and CLOUD_SITE in nodes:
+            members[member.id] = Member(Kind.HELPER, CLOUD_SITE)
     return Inventory(
         fleet=keyring.fleet,
         sites=nodes,

@@ -65,6 +65,8 @@ class MemberRole(StrEnum):
     """A broker's TLS server certificate; it signs no messages."""
     ENROLLER = "enroller"
     """Certifies devices for tokens, see `fleetfed.cloud_coordinator.enroll`."""
+    HELPER = "helper"
+    """Holds mask seeds beside the coordinator, see `fleetfed.cloud_coordinator.helper`; run by somebody else."""
 
     @property
     def certified(self) -> Role | None:

@@ -65,6 +65,7 @@ class Role(StrEnum):
     GATEWAY = "gateway"
     COORDINATOR = "coordinator"
     OPERATOR = "operator"
+    HELPER = "helper"
 
 
 class Listener(StrEnum):
@@ -73,7 +74,7 @@ class Listener(StrEnum):
     SITE = "site"
     """Devices and gateways; also a demonstration's one broker for all."""
     CLOUD = "cloud"
-    """Gateways, the coordinator and operators."""
+    """Gateways, the coordinator, operators and the helper."""
 
 
 class _Authority(StrEnum):

@@ -26,9 +26,10 @@ LISTED = Inventory(
         "d-1": Member(Kind.DEVICE, "north"),
         "d-2": Member(Kind.DEVICE, "north"),
         "d-3": Member(Kind.DEVICE, "south"),
+        "h-two": Member(Kind.HELPER, "_"),
     },
 )
-OPEN = Inventory(fleet="demo", sites=NODES, operators=("o-alice",))
+OPEN = Inventory(fleet="demo", sites=NODES, operators=("o-alice",), members={"h-two": Member(Kind.HELPER, "_")})
 
 # user, topic, may write, may read; True and False hold for both inventories
 MATRIX = [
@@ -69,6 +70,17 @@ MATRIX = [
     ("o-alice", "ff1/demo/_/b/plan", False, True),
     ("o-alice", "ff1/demo/_/g/g-north/dn/commit", False, False),
     ("d-9", "ff1/demo/_/b/plan", False, None),
+    ("c-main", "ff1/demo/_/h/h-two/up/masks", False, True),
+    ("c-main", "ff1/demo/_/h/h-two/dn/ask", True, False),
+    ("h-two", "ff1/demo/_/h/h-two/up/key", True, False),
+    ("h-two", "ff1/demo/_/h/h-two/dn/ask", False, True),
+    ("h-two", "ff1/demo/_/b/revoked", False, True),
+    ("h-two", "ff1/demo/_/b/plan", False, True),
+    ("h-two", "ff1/demo/_/h/h-other/dn/ask", False, False),
+    ("h-two", "ff1/demo/_/g/g-north/up/reveal", False, False),
+    ("h-two", "ff1/demo/north/d/d-1/up/update", False, False),
+    ("d-9", "ff1/demo/_/h/d-9/up/key", False, False),
+    ("d-1", "ff1/demo/_/h/h-two/dn/ask", False, False),
 ]
 # What patterns cannot withhold, and exact blocks do.
 ONLY_OPEN = [

@@ -73,6 +73,7 @@ def test_the_rendered_file_is_the_one_in_the_documentation() -> None:
         ("fleet = 'demo'\n[sites]\na = 'c'\n[members]\nd = { kind = 'd', site = 'b' }", "site 'b' is not on"),
         ("fleet = 'demo'\n[sites]\na = 'c'\n[members]\nd = { kind = 'o', site = 'a' }", "member d: give"),
         ("fleet = 'demo'\n[sites]\na = 'c'\n[members]\n'#' = { kind = 'd', site = 'a' }", "member '#'"),
+        ("fleet = 'demo'\n[sites]\na = 'c'\n[members]\nh = { kind = 'h', site = 'a' }", "helper belongs to site '_'"),
         ("fleet = ", "inventory.toml"),
     ],
 )
