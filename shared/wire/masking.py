@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Final
 
+from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.codec import Length, Range
-from fleetfed.shared.wire.fields import Bytes16, Bytes32, Count, Id
+from fleetfed.shared.wire.fields import Bytes16, Bytes32, Count, Id, Text
 
 SEALED_BOX: Final = 1
 """Suite: keys sealed with libsodium's `crypto_box_seal` (X25519, XSalsa20-Poly1305), body in ChaCha20-Poly1305."""
@@ -117,16 +118,19 @@ class MaskRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskSums:
-    """The helper's answer, one per round and gateway, ever.
+    """The helper's answer: sums, one set of them per round and gateway, ever; or why there are none.
 
     Attributes:
         plan, commit: head hashes.
         gateway: whose committed set it is.
         sums: the sum of the helper's masks, words little-endian: of the whole set, or of each bucket, ordered by site
-            and then by index.
+            and then by index; none with a reason.
+        reason, detail: why the helper gives no sums.
     """
 
     plan: Bytes32
     commit: Bytes32
     gateway: Id
-    sums: Annotated[tuple[Annotated[bytes, Length(0, limits.MAX_PARTIAL)], ...], Length(1, limits.MAX_COHORT)]
+    sums: Annotated[tuple[Annotated[bytes, Length(0, limits.MAX_PARTIAL)], ...], Length(0, limits.MAX_COHORT)]
+    reason: RejectReason | None = None
+    detail: Text = ""
