@@ -69,15 +69,15 @@ class CensusArrived:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateArrived:
-    """A device's update: admitted by its head, its body decoded and in range.
+    """A device's update: admitted by its head, its body checked as far as the mode lets a gateway see it.
 
     Attributes:
         device: who signed it.
-        serial: of its certificate.
+        serial, owner: of its certificate.
         plan: hash of the plan that it was admitted for.
         message_id, head: name the message.
         size: bytes of the message, which the journal will hold.
-        parcel: the runtime's own: head, body and decoded integers.
+        parcel: the runtime's own: head, body and what the sum adds.
     """
 
     device: str
@@ -86,6 +86,7 @@ class UpdateArrived:
     message_id: MessageId
     head: Digest
     size: int
+    owner: str = ""
     parcel: Any = None
 
 
@@ -126,8 +127,8 @@ class ChildRevealed:
 
     Attributes:
         commit: head hash of the commit that it answers.
-        count: contributors, by the message and by the sum's own count word.
-        parcel: the runtime's own: the decoded partial.
+        count: contributors, by the message and, where that can be seen, by the sum's own count word.
+        parcel: the runtime's own: what the sum adds.
         raw: the message.
     """
 
@@ -143,7 +144,7 @@ class ChildRevealed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitArrived:
-    """The coordinator's final set for the direct gateway of this subtree."""
+    """The coordinator's final set for the direct gateway of this subtree, and its share of the coin."""
 
     plan: bytes
     gateway: str
@@ -151,6 +152,7 @@ class CommitArrived:
     head: Digest
     members: frozenset[MessageId]
     raw: bytes
+    nonce: bytes = bytes(16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +212,10 @@ class UpstreamLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreRound:
-    """A round begins: keep its plan and the sizes of the model's tensors; another model may come meanwhile."""
+    """A round begins: keep its plan and the sizes of the model's tensors; another model may come meanwhile.
+
+    What the round's mode keeps secret, and says to the devices of its own, is made with it and kept in the same step.
+    """
 
     round: int
     hash: Digest
@@ -263,14 +268,22 @@ class StoreCommit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreReveal:
-    """Keep the own reveal; the sum is not needed any more."""
+    """Keep the own reveal; sum, bodies and secrets are not needed any more and go in the same step."""
 
     raw: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreAnswered:
-    """Keep that the tier above needs nothing more from us in this round."""
+    """Keep that the tier above needs nothing more from us in this round; bodies and secrets go in the same step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreAborted:
+    """Keep a commit together with why it was refused: no sum leaves us in this round; bodies and secrets go."""
+
+    raw: bytes
+    reason: RejectReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,6 +377,11 @@ class PublishPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class PublishCosign:
+    """Publish the own word for the plan, made by `StoreRound`, below, retained."""
+
+
+@dataclass(frozen=True, slots=True)
 class PublishCensus:
     """Sign and publish the census upstream, retained."""
 
@@ -379,8 +397,13 @@ class RoundOver:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """Count and log a message that got no receipt of its own."""
+    """Count and log a message that got no receipt of its own.
+
+    Attributes:
+        alarm: somebody in whom others trust has signed what breaks the rules; a person should look.
+    """
 
     what: str
     reason: RejectReason
     detail: str = ""
+    alarm: bool = False

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from fleetfed.gateway import events as ev
-from fleetfed.gateway.intake import Complete, Intake, Refusal, Repeated, decode_reveal, decode_update
+from fleetfed.gateway.intake import Complete, Intake, Refusal, Repeated
 from fleetfed.gateway.journal import commit_event
 from fleetfed.gateway.perform import SMALL, Parcel, Performer
 from fleetfed.gateway.relay import Relay
 from fleetfed.gateway.state import GatewayMachine
 from fleetfed.gateway.worker import Worker
-from fleetfed.shared.aggregate.accumulator import max_words_body
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.telemetry import Counters
 from fleetfed.shared.trust.certificates import Certificate, Role
@@ -52,8 +51,6 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_HEAD_ROOM: Final = 4096
-"""Bytes of a reveal beside its words."""
 _SMALL_MESSAGE: Final = 1 << 17
 _NEVER_TAKEN: Final = frozenset(
     {
@@ -195,11 +192,11 @@ class Inbound:
         if rnd is None or header.round != rnd.record.plan.round:
             late = header.round == self._machine.previous.round
             raise RemoteProtocolError(RejectReason.LATE if late else RejectReason.WRONG_ROUND, str(header.round))
-        limit = (
-            max_words_body(rnd.ring, rnd.ring.capacity) + _HEAD_ROOM
-            if header.kind is MessageKind.REVEAL
-            else max_proposal(rnd.record.plan.quorum.cohort_cap)
-        )
+        if header.kind is MessageKind.REVEAL:
+            child = rnd.record.children.get(certificate.id)
+            limit = rnd.rules.reveal_limit(len(child.members) if child else 0)
+        else:
+            limit = max_proposal(rnd.record.plan.quorum.cohort_cap)
         if max(header.body_size, header.raw_size) > limit:
             raise RemoteProtocolError(RejectReason.TOO_LARGE, f"{header.raw_size} bytes, limit {limit}")
         return True
@@ -227,9 +224,14 @@ class Inbound:
             self._fed(ev.PresenceArrived(kind=kind, member=member, presence=None))
 
     def _update_complete(self, device: str, message: Complete) -> None:
-        rnd, head = self._machine.round, message.head
+        rnd, head, total = self._machine.round, message.head, self._performer.total
         assert rnd is not None, "admitted without a round"
-        plan, ring = rnd.record.hash, rnd.ring
+        plan = rnd.record.hash
+        if total is None:
+            # The sum was handed over while the last bytes came in.
+            self._updates.done(device)
+            self._refuse(Kind.DEVICE, device, head, RemoteProtocolError(RejectReason.LATE))
+            return
 
         def decoded(result: Any) -> None:
             self._updates.done(device)
@@ -244,12 +246,13 @@ class Inbound:
                     message_id=head.header.message_id,
                     head=head.hash,
                     size=head.message_size,
-                    parcel=Parcel(head.encode(), message.body, *result),
+                    owner=message.certificate.owner,
+                    parcel=Parcel(head.encode(), message.body, result),
                 )
             )
 
-        small = ring.layout.dimension <= SMALL
-        self._worker.do(lambda: decode_update(head.header, message.body, ring), decoded, small=small)
+        small = rnd.ring.layout.dimension <= SMALL
+        self._worker.do(lambda: total.open(head, message.body), decoded, small=small)
 
     def _decline(self, device: str, payload: bytes) -> None:
         head = parse_head(payload)
@@ -295,10 +298,10 @@ class Inbound:
     def _reveal_complete(self, gateway: str, message: Complete) -> None:
         rnd, head = self._machine.round, message.head
         assert rnd is not None, "admitted without a round"
-        ring, raw = rnd.ring, head.encode() + bytes(message.body)
+        rules, raw = rnd.rules, head.encode() + bytes(message.body)
 
         def decode() -> ev.ChildRevealed:
-            reveal, partial = decode_reveal(head.header, message.body, ring)
+            reveal, partial = rules.open_reveal(head, message.body)
             return ev.ChildRevealed(
                 gateway=gateway,
                 plan=reveal.plan,
@@ -310,7 +313,7 @@ class Inbound:
                 parcel=partial,
             )
 
-        small = ring.layout.dimension <= SMALL
+        small = max(rnd.ring.layout.dimension, len(raw) // 8) <= SMALL
         self._worker.do(decode, self._child_done(self._reveals, gateway, head), small=small)
 
     def _child_done(self, intake: Intake, gateway: str, head: Head) -> Callable[[Any], None]:
@@ -351,6 +354,8 @@ class Inbound:
             self._fed(ev.RoundEndArrived(round=end.round, plan=end.plan, raw=payload))
             return
         plan, head, _ = self._open(payload, Plan, MessageKind.PLAN)
+        # Before anybody below sees it: what the fleet's owners forbid is neither passed on nor answered.
+        self._verifier.check_plan(plan, now=self._clock())
         self._fed(ev.PlanArrived(plan=plan, hash=head.hash, raw=payload))
 
     def _node(self, presence: Presence) -> None:

@@ -1,4 +1,4 @@
-"""Chunks from members become verified, decoded messages, in bounded memory.
+"""Chunks from members become whole, verified messages, in bounded memory.
 
 The head, which stands whole in the first chunk, is verified and admitted before a byte is reserved for the rest. Each
 member has one message on its way; all of them together reserve at most a budget, beyond which new ones are refused as
@@ -11,16 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from fleetfed.shared.aggregate.accumulator import Partial, Ring, decode_words
-from fleetfed.shared.aggregate.body import decode_body
-from fleetfed.shared.aggregate.lanes import Values, Words
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.trust.certificates import Certificate
 from fleetfed.shared.trust.verifier import Verifier
-from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.chunks import Assembler
-from fleetfed.shared.wire.envelope import Head, Header, MessageKind, open_body
-from fleetfed.shared.wire.messages import Reveal
+from fleetfed.shared.wire.envelope import Head, MessageKind
 
 STALE: Final = 60_000
 """Milliseconds without a chunk after which a half message may be dropped to make room."""
@@ -167,35 +162,3 @@ class Intake:
                 del self._slots[member]
         if self.reserved + size > self._budget:
             raise RemoteProtocolError(RejectReason.OVERLOADED, f"{self.reserved} of {self._budget} bytes are taken")
-
-
-def decode_update(header: Header, body: bytes | memoryview, ring: Ring) -> tuple[Values, Words]:
-    """Check an update's body against its head and the plan's ring; return its integers and meta words.
-
-    Raises:
-        RemoteProtocolError: `BODY_MISMATCH`, `DECOMPRESSION`, `OUT_OF_RANGE` and whatever else `decode_body` raises.
-    """
-    return decode_values(open_body(header, body), ring)
-
-
-def decode_values(body: bytes | memoryview, ring: Ring) -> tuple[Values, Words]:
-    """Decode a body whose hash was checked.
-
-    Raises:
-        RemoteProtocolError: as `decode_update`.
-    """
-    layout = ring.layout
-    values, meta = decode_body(body, dimension=layout.dimension, limit=ring.own_limit, meta_words=layout.meta_words)
-    ring.meta.decode(meta, count=1)
-    return values, meta
-
-
-def decode_reveal(header: Header, body: bytes | memoryview, ring: Ring) -> tuple[Reveal, Partial]:
-    """Check and decode a reveal from below.
-
-    Raises:
-        RemoteProtocolError: the message, the sum's own count word or a value is wrong.
-    """
-    raw = open_body(header, body)
-    reveal = codec.decode(Reveal, raw, limit=len(raw))
-    return reveal, decode_words(reveal.words, ring, count=reveal.count)

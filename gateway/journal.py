@@ -4,6 +4,9 @@ A record is made by one of the ``…_rows`` functions, which only build statemen
 them in one transaction and returns when it is durable. It may run in another thread than the readers, who have a
 connection of their own. The bodies are here and nowhere else, so memory does not grow with the number
 of devices. A round's rows are deleted when it is over; of its updates only the receipts stay until the next one is.
+
+Bodies and the secrets of a round of masked updates go earlier, with the reveal. Secrets are overwritten, and the log
+that still had them is cut off, so that a stolen disk opens no message that was recorded before.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from fleetfed.gateway import events as ev
-from fleetfed.gateway.record import Accepted, Child, RoundRecord, Sent
+from fleetfed.gateway.record import Accepted, Child, RoundRecord, RoundSecrets, Sent
 from fleetfed.gateway.state import Previous
 from fleetfed.shared.errors import RemoteProtocolError, StorageError
 from fleetfed.shared.wire import codec
@@ -26,14 +29,17 @@ from fleetfed.shared.wire.messages import Commit, Plan, Proposal
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS updates (message_id BLOB PRIMARY KEY, device TEXT NOT NULL UNIQUE, serial TEXT NOT NULL,
-    hash BLOB NOT NULL, head BLOB NOT NULL, body BLOB NOT NULL, receipt BLOB NOT NULL);
+    hash BLOB NOT NULL, head BLOB NOT NULL, body BLOB NOT NULL, receipt BLOB NOT NULL,
+    owner TEXT NOT NULL DEFAULT '');
 CREATE TABLE IF NOT EXISTS declines (device TEXT PRIMARY KEY, reason TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS children (gateway TEXT PRIMARY KEY, message_id BLOB NOT NULL, proposal BLOB NOT NULL,
     receipt BLOB NOT NULL, reveal_id BLOB, reveal BLOB, reveal_receipt BLOB);
 CREATE TABLE IF NOT EXISTS previous (message_id BLOB PRIMARY KEY, device TEXT NOT NULL, hash BLOB NOT NULL,
     receipt BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS secrets (value BLOB NOT NULL);
 """
-_FORMAT: Final = 1
+_FORMAT: Final = 2
+_FROM_FORMAT_1: Final = "ALTER TABLE updates ADD COLUMN owner TEXT NOT NULL DEFAULT ''"
 _LAST: Final = ("last_round", "last_hash")
 
 Statement = tuple[str, tuple[object, ...]]
@@ -41,10 +47,11 @@ Rows = list[Statement]
 T = TypeVar("T")
 
 _FACT: Final = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
+_ERASE: Final = "DELETE FROM secrets"
 
 
-def round_rows(event: ev.StoreRound) -> Rows:
-    """A round begins."""
+def round_rows(event: ev.StoreRound, *, secrets: bytes = b"", cosign: bytes = b"") -> Rows:
+    """A round begins, perhaps with secrets and the message that makes their public half known."""
     return [
         *_clear(),
         (_FACT, ("plan", event.raw)),
@@ -52,13 +59,15 @@ def round_rows(event: ev.StoreRound) -> Rows:
         (_FACT, ("sizes", json.dumps(event.sizes).encode())),
         (_FACT, ("last_round", str(event.round).encode())),
         # Of the round before: only its receipts, which `forget_rows` has put aside.
+        *([("INSERT INTO secrets VALUES (?)", (secrets,))] if secrets else []),
+        *([(_FACT, ("cosign", cosign))] if cosign else []),
     ]
 
 
 def update_rows(event: ev.UpdateArrived, *, head: bytes, body: bytes | memoryview, receipt: bytes) -> Rows:
     """An accepted update with the receipt that says so."""
-    values = (event.message_id, event.device, str(event.serial), event.head, head, body, receipt)
-    return [("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)", values)]
+    values = (event.message_id, event.device, str(event.serial), event.head, head, body, receipt, event.owner)
+    return [("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)]
 
 
 def decline_rows(event: ev.StoreDecline) -> Rows:
@@ -83,6 +92,21 @@ def fact_rows(name: str, value: bytes) -> Rows:
     return [(_FACT, (name, value))]
 
 
+def reveal_rows(raw: bytes) -> Rows:
+    """The own reveal; nothing that it was made from is left."""
+    return [*fact_rows("reveal", raw), *_erase()]
+
+
+def answered_rows() -> Rows:
+    """The tier above needs nothing more."""
+    return [*fact_rows("answered", b"\x01"), *_erase()]
+
+
+def aborted_rows(event: ev.StoreAborted) -> Rows:
+    """A commit that was refused, and why; nothing of which a sum could be made is left."""
+    return [*fact_rows("commit", event.raw), *fact_rows("aborted", event.reason.encode()), *answered_rows()]
+
+
 def drop_rows(message_ids: Iterable[MessageId]) -> Rows:
     """Updates that are void after all."""
     return [("DELETE FROM updates WHERE message_id = ?", (message_id,)) for message_id in message_ids]
@@ -99,8 +123,13 @@ def forget_rows(event: ev.ForgetRound) -> Rows:
     ]
 
 
+def _erase() -> Rows:
+    return [("UPDATE updates SET body = x''", ()), (_ERASE, ())]
+
+
 def _clear() -> Rows:
     return [
+        (_ERASE, ()),
         ("DELETE FROM updates", ()),
         ("DELETE FROM declines", ()),
         ("DELETE FROM children", ()),
@@ -118,6 +147,8 @@ class Stored:
         record: the round that is on, if any.
         plan: its message; empty for none.
         sizes: values per tensor of its model.
+        secrets: of that round, as long as it has any.
+        cosign: the own word for the plan; empty for none.
     """
 
     last_round: int
@@ -125,6 +156,8 @@ class Stored:
     record: RoundRecord | None
     plan: bytes
     sizes: tuple[int, ...]
+    secrets: RoundSecrets | None = None
+    cosign: bytes = b""
 
 
 class Journal:
@@ -146,15 +179,32 @@ class Journal:
             # FULL: a commit returns after the log is on the disk, not merely handed to the system.
             self._writer.execute("PRAGMA synchronous = FULL")
             self._writer.execute("PRAGMA wal_autocheckpoint = 4000")
+            # FAST: what is deleted within a page is overwritten. Whole pages that get free are not, which would write
+            # every body twice: a body is nothing without the secret that it was sealed to.
+            self._writer.execute("PRAGMA secure_delete = FAST")
             (check,) = self._writer.execute("PRAGMA quick_check(1)").fetchone()
             (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-            if check != "ok" or version not in (0, _FORMAT):
+            if check != "ok" or version not in (0, 1, _FORMAT):
                 raise StorageError(f"{path}: {check if check != 'ok' else f'format {version}, this is {_FORMAT}'}")
-            self._writer.executescript(_SCHEMA)
-            self._writer.execute(f"PRAGMA user_version = {_FORMAT}")
+            self._prepare(version)
+            # What a process before us erased and died before it could cut off.
+            self._log_cut = self._cut_log()
             self._reader = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
             raise StorageError(f"{path}: {error}; move it away to start without the round that it holds") from error
+
+    def _prepare(self, version: int) -> None:
+        old = [_FROM_FORMAT_1] if version == 1 else []
+        steps = [each for each in _SCHEMA.split(";") if each.strip()]
+        self._writer.execute("BEGIN IMMEDIATE")
+        for step in (*old, *steps, f"PRAGMA user_version = {_FORMAT}"):
+            self._writer.execute(step)
+        self._writer.execute("COMMIT")
+
+    def _cut_log(self) -> bool:
+        """Put the log into the database file and make it empty; False if a reader was in the way."""
+        busy, _, _ = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        return not busy
 
     def close(self) -> None:
         """Close both connections."""
@@ -171,12 +221,15 @@ class Journal:
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 for statement, values in batch:
-                    self._writer.execute(statement, values)
+                    done = self._writer.execute(statement, values)
+                    self._log_cut &= statement != _ERASE or not done.rowcount
                 self._writer.execute("COMMIT")
             except BaseException:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
                 raise
+            if not self._log_cut:
+                self._log_cut = self._cut_log()
         except sqlite3.Error as error:
             raise StorageError(f"{self._path}: {error}") from error
 
@@ -196,17 +249,27 @@ class Journal:
             )
             record = self._record(facts) if "plan" in facts else None
             sizes = tuple(int(size) for size in json.loads(facts.get("sizes", b"[]")))
+            found = self._reader.execute("SELECT value FROM secrets").fetchall()
+            secrets = RoundSecrets.decode(found[0][0]) if found else None
         except (sqlite3.Error, RemoteProtocolError, KeyError, ValueError) as error:
             raise StorageError(f"{self._path}: {error}") from error
         last_round = max(previous.round, record.plan.round if record else 0)
-        return Stored(last_round=last_round, previous=previous, record=record, plan=facts.get("plan", b""), sizes=sizes)
+        return Stored(
+            last_round=last_round,
+            previous=previous,
+            record=record,
+            plan=facts.get("plan", b""),
+            sizes=sizes,
+            secrets=secrets,
+            cosign=facts.get("cosign", b""),
+        )
 
     def _record(self, facts: dict[str, bytes]) -> RoundRecord:
         plan = decode_stored(Plan, facts["plan"])
         record = RoundRecord(plan=plan, hash=Digest(facts["plan_hash"]))
-        query = "SELECT device, message_id, hash, serial, length(head) + length(body) FROM updates"
-        for device, message_id, hash_, serial, size in self._reader.execute(query):
-            record.accepted[device] = Accepted(MessageId(message_id), Digest(hash_), int(serial), size)
+        query = "SELECT device, message_id, hash, serial, length(head) + length(body), owner FROM updates"
+        for device, message_id, hash_, serial, size, owner in self._reader.execute(query):
+            record.accepted[device] = Accepted(MessageId(message_id), Digest(hash_), int(serial), size, owner)
         record.declined = dict(self._reader.execute("SELECT device, reason FROM declines").fetchall())
         query = "SELECT gateway, message_id, proposal, reveal_id FROM children"
         for gateway, message_id, raw, reveal_id in self._reader.execute(query):
@@ -227,6 +290,7 @@ class Journal:
                     )
         if "reveal" in facts:
             record.reveal = _sent(facts["reveal"])
+        record.aborted = facts.get("aborted", b"").decode()
         record.answered = "answered" in facts
         return record
 
@@ -238,16 +302,17 @@ class Journal:
         """The proposals of gateways below."""
         return dict(self._rows("SELECT gateway, proposal FROM children"))
 
-    def bodies(self, message_ids: Iterable[MessageId]) -> Iterator[bytes]:
-        """The bodies of stored updates, one at a time."""
+    def updates(self, message_ids: Iterable[MessageId]) -> Iterator[tuple[bytes, bytes]]:
+        """The heads and bodies of stored updates, one at a time."""
         for message_id in message_ids:
-            yield self._one("SELECT body FROM updates WHERE message_id = ?", message_id)
+            head, body = self._one("SELECT head, body FROM updates WHERE message_id = ?", message_id)
+            yield head, body
 
     def reveals(self) -> Iterator[bytes]:
         """The stored reveals of gateways below, one message at a time."""
         names = self._rows("SELECT gateway FROM children WHERE reveal IS NOT NULL")
         for (gateway,) in names:
-            yield self._one("SELECT reveal FROM children WHERE gateway = ?", gateway)
+            yield self._one("SELECT reveal FROM children WHERE gateway = ?", gateway)[0]
 
     def fact(self, name: str) -> bytes | None:
         """What `fact_rows` stored; None once the round is over."""
@@ -268,11 +333,11 @@ class Journal:
                 return bytes(found[0][0])
         return None
 
-    def _one(self, query: str, key: object) -> bytes:
+    def _one(self, query: str, key: object) -> tuple[Any, ...]:
         found = self._rows(query, key)
         if not found:
             raise StorageError(f"{self._path}: a row is missing: {query}")
-        return bytes(found[0][0])
+        return found[0]
 
     def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         try:
@@ -291,6 +356,7 @@ def commit_event(raw: bytes, commit: Commit) -> ev.CommitArrived:
         head=parse_head(raw).hash,
         members=frozenset(ids),
         raw=raw,
+        nonce=commit.nonce,
     )
 
 

@@ -11,22 +11,21 @@ from typing import Any, Final, Protocol
 
 from fleetfed.gateway import events as ev
 from fleetfed.gateway import journal as rows
-from fleetfed.gateway.journal import Journal, decode_stored
+from fleetfed.gateway.journal import Journal, Stored, decode_stored
 from fleetfed.gateway.pipeline import Pipeline
 from fleetfed.gateway.record import RoundState
 from fleetfed.gateway.round import RoundMachine
 from fleetfed.gateway.state import GatewayMachine
 from fleetfed.gateway.summation import Summation
 from fleetfed.gateway.worker import Worker
-from fleetfed.shared.aggregate.accumulator import Partial
-from fleetfed.shared.aggregate.lanes import Values, Words
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError, StorageError
 from fleetfed.shared.mqtt.errors import PublishRefusedError, SessionLostError
 from fleetfed.shared.telemetry import Counters
 from fleetfed.shared.trust.signer import Message, Signer
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.chunks import split
-from fleetfed.shared.wire.envelope import Digest, MessageId, MessageKind, parse_head
+from fleetfed.shared.wire.envelope import Digest, MessageId, MessageKind, digest, parse_head
+from fleetfed.shared.wire.masking import Cosign, NonceHash
 from fleetfed.shared.wire.messages import Proposal, Receipt
 from fleetfed.shared.wire.topics import Broadcast, Kind, SiteTopics, Verb
 
@@ -46,12 +45,11 @@ class Publisher(Protocol):
 
 @dataclass(slots=True)
 class Parcel:
-    """An update between its decoding and its place in journal and sum."""
+    """An update between its opening and its place in journal and sum; ``opened`` is for the sum alone."""
 
     head: bytes
     body: memoryview
-    values: Values | None
-    meta: Words | None
+    opened: Any
 
 
 class Performer:
@@ -65,6 +63,7 @@ class Performer:
         below, above: connections to the own site and upstream.
         site, upstream: their topics.
         counters: refusals by reason.
+        randomness: returns so many unpredictable bytes.
         clock: unix milliseconds.
         round_over: called when a round is over, with its number.
     """
@@ -83,6 +82,7 @@ class Performer:
         site: SiteTopics,
         upstream: SiteTopics,
         counters: Counters,
+        randomness: Callable[[int], bytes],
         clock: Callable[[], int],
         round_over: Callable[[int], None],
     ) -> None:
@@ -95,6 +95,7 @@ class Performer:
         self._below, self._above = below, above
         self._site, self._upstream = site, upstream
         self._counters = counters
+        self._randomness = randomness
         self._clock = clock
         self._round_over = round_over
         self._sum: Summation | None = None
@@ -103,6 +104,7 @@ class Performer:
         self._fresh_proposals: dict[str, bytes] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.plan = b""
+        self.cosign = b""
         self.census = b""
         self.accepted = 0
 
@@ -115,18 +117,23 @@ class Performer:
         for instruction in instructions:
             self._perform(instruction)
 
-    def restore(self, rnd: RoundMachine, plan: bytes) -> None:
+    @property
+    def total(self) -> Summation | None:
+        """The sum of the open round, until it is handed over."""
+        return self._sum
+
+    def restore(self, rnd: RoundMachine, stored: Stored) -> None:
         """Build the sum of a round that the journal holds.
 
         Raises:
-            StorageError: a stored update does not decode.
+            StorageError: a stored update does not open, or what opens it is missing.
         """
-        self.plan = plan
+        self.plan, self.cosign = stored.plan, stored.cosign
         if rnd.state in (RoundState.REVEALED, RoundState.CLOSED):
             return
-        self._sum = self._new_sum(rnd)
+        self._sum = rnd.rules.summation(stored.secrets, site=self._site.site)
         try:
-            self._sum.rebuild(self._journal.bodies(rnd.own_part()), self._journal.reveals())
+            self._sum.rebuild(self._journal.updates(rnd.own_part()), self._journal.reveals())
         except RemoteProtocolError as error:
             raise StorageError(f"the journal holds an update that does not decode: {error}") from error
 
@@ -135,10 +142,11 @@ class Performer:
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def count(self, what: str, reason: RejectReason, detail: str) -> None:
-        """Count and log a refusal."""
+    def count(self, what: str, reason: RejectReason, detail: str, *, alarm: bool = False) -> None:
+        """Count and log a refusal; an alarm is for a person to see."""
         self._counters.add(str(reason))
-        _log.info("refused %s: %s%s", what, reason, f" ({detail})" if detail else "")
+        level = logging.ERROR if alarm else logging.INFO
+        _log.log(level, "refused %s: %s%s", what, reason, f" ({detail})" if detail else "")
 
     def send_receipt(
         self, kind: Kind, member: str, message_id: MessageId, head: Digest, reason: RejectReason | None
@@ -209,9 +217,6 @@ class Performer:
         rnd = self._machine.round
         return self._signer.sign(kind, body, now=self._clock(), round=rnd.record.plan.round if rnd else 0)
 
-    def _new_sum(self, rnd: RoundMachine) -> Summation:
-        return Summation(rnd.ring, capacity=rnd.record.plan.quorum.cohort_cap)
-
     def _small(self) -> bool:
         return self._machine.round is None or self._machine.round.ring.layout.dimension <= SMALL
 
@@ -225,14 +230,17 @@ class Performer:
                 self.send_stored_receipt(kind, member, message_id)
             case ev.SendReceipt(kind=kind, member=member, message_id=message_id, head=head, reason=reason):
                 self.send_receipt(kind, member, message_id, head, reason)
-            case ev.Refused(what=what, reason=reason, detail=detail):
-                self.count(what, reason, detail)
+            case ev.Refused(what=what, reason=reason, detail=detail, alarm=alarm):
+                self.count(what, reason, detail, alarm=alarm)
             case ev.DiscardParcel(update=update):
-                update.parcel.values = update.parcel.meta = None
+                update.parcel.opened = None
             case ev.PublishPlan(raw):
                 self.plan = raw
                 topic = self._site.broadcast(Broadcast.PLAN)
                 self._pipeline.send(lambda: self.publish(self._below, topic, raw, retain=True))
+            case ev.PublishCosign():
+                cosign, where = self.cosign, self._site.broadcast(Broadcast.COSIGN)
+                self._pipeline.send(lambda: self.publish(self._below, where, cosign, retain=True))
             case ev.PublishCensus(census):
                 self.census = self._sign(MessageKind.CENSUS, census).encode()
                 topic = self._upstream.up(Kind.GATEWAY, self._gateway, Verb.CENSUS)
@@ -246,10 +254,7 @@ class Performer:
         pipeline = self._pipeline
         match instruction:
             case ev.StoreRound():
-                rnd = self._machine.round
-                assert rnd is not None
-                self._sum = self._new_sum(rnd)
-                pipeline.store(rows.round_rows(instruction))
+                self._store_round(instruction)
             case ev.StoreDecline():
                 pipeline.store(rows.decline_rows(instruction))
             case ev.MakeProposal(declined=declined, rejected=rejected):
@@ -275,22 +280,42 @@ class Performer:
             case ev.MakeReveal(commit=commit, count=count):
                 pipeline.send(lambda: self._make_reveal(commit, count))
             case ev.StoreReveal(raw=raw):
-                pipeline.store(rows.fact_rows("reveal", raw))
+                pipeline.store(rows.reveal_rows(raw))
             case ev.SendReveal():
                 pipeline.send(lambda: self._send_up(Verb.REVEAL, "reveal"))
             case ev.StoreAnswered():
                 self._sum = None
-                pipeline.store(rows.fact_rows("answered", b"\x01"))
-            case ev.ForgetRound():
+                pipeline.store(rows.answered_rows())
+            case ev.StoreAborted():
                 self._sum = None
+                pipeline.store(rows.aborted_rows(instruction))
+            case ev.ForgetRound():
+                self._sum, self.cosign = None, b""
                 pipeline.store(rows.forget_rows(instruction))
             case _:
                 raise AssertionError(f"nobody performs {instruction}")
 
+    def _store_round(self, event: ev.StoreRound) -> None:
+        rnd = self._machine.round
+        assert rnd is not None
+        plan, secrets = rnd.record.plan, rnd.rules.new_secrets(self._randomness)
+        self._sum = rnd.rules.summation(secrets, site=self._site.site)
+        self.cosign = b""
+        if secrets is not None:
+            body, now = Cosign(plan=event.hash, seal_key=secrets.seal.public), self._clock()
+            lifetime = plan.expires - now
+            self.cosign = self._signer.sign(
+                MessageKind.COSIGN, body, now=now, round=plan.round, lifetime=lifetime
+            ).encode()
+        self._pipeline.store(
+            rows.round_rows(event, secrets=b"" if secrets is None else secrets.encode(), cosign=self.cosign)
+        )
+        _log.info("round %d opens, %s mode, model version %d", plan.round, plan.mode, plan.model_version)
+
     def _store_update(self, update: ev.UpdateArrived) -> None:
         parcel, total = update.parcel, self._sum
         assert total is not None
-        values, meta = parcel.values, parcel.meta
+        opened = parcel.opened
         receipt = self._receipt(update.message_id, update.head, None)
         self.accepted += 1
         self._fresh[update.message_id] = parcel.head
@@ -298,8 +323,8 @@ class Performer:
             rows.update_rows(update, head=parcel.head, body=parcel.body, receipt=receipt),
             functools.partial(self._fresh.pop, update.message_id, None),
         )
-        self._worker.do(lambda: total.add(values, meta), _must_work, small=self._small())
-        parcel.values = parcel.meta = None
+        self._worker.do(lambda: total.add(opened), _must_work, small=self._small())
+        parcel.opened = None
 
     def _make_proposal(self, declined: dict[str, int], rejected: dict[str, int]) -> None:
         rnd = self._machine.round
@@ -307,20 +332,25 @@ class Performer:
         stored = self._journal.heads() | self._fresh
         own = sorted(update.message_id for update in rnd.record.accepted.values())
         children = self._journal.child_proposals() | self._fresh_proposals
-        below = [head for _, raw in sorted(children.items()) for head in decode_stored(Proposal, raw).heads]
+        below = [decode_stored(Proposal, raw) for _, raw in sorted(children.items())]
+        # One commitment per site: whoever is below cannot make one in our name.
+        nonces = {each.site: each for proposal in below for each in proposal.nonces} | self._own_nonces(bool(own))
         proposal = Proposal(
             plan=rnd.record.hash,
-            heads=(*(stored[message_id] for message_id in own), *below),
+            heads=(*(stored[message_id] for message_id in own), *(head for each in below for head in each.heads)),
             declined=declined,
             rejected=rejected,
+            nonces=tuple(nonces.values()),
         )
         message = self._sign(MessageKind.PROPOSE, proposal)
         self.feed(ev.ProposalMade(message_id=message.id, head=message.head.hash, raw=message.encode()))
 
+    def _own_nonces(self, updates: bool) -> dict[str, NonceHash]:
+        return {each.site: each for each in self._sum.nonces()} if updates and self._sum is not None else {}
+
     def _store_child_reveal(self, reveal: ev.ChildRevealed) -> None:
         total, partial = self._sum, reveal.parcel
         assert total is not None
-        assert isinstance(partial, Partial)
         receipt = self._receipt(reveal.message_id, reveal.head, None)
         self._pipeline.store(rows.child_reveal_rows(reveal, receipt))
         self._worker.do(lambda: total.merge(partial), _must_work, small=self._small())
@@ -332,7 +362,7 @@ class Performer:
 
         def drop() -> None:
             try:
-                total.drop(self._journal.bodies(ids))
+                total.drop(self._journal.updates(ids))
             except StorageError:
                 # The round was over in the meantime, and its journal with it: nobody wants this sum.
                 if self._sum is total:
@@ -349,22 +379,35 @@ class Performer:
         rnd, total = self._machine.round, self._sum
         if rnd is None or total is None or rnd.record.commit is None or rnd.record.commit.head != commit:
             return
-        plan, number = rnd.record.hash, rnd.record.plan.round
+        plan, number, final, own = rnd.record.hash, rnd.record.plan.round, rnd.record.commit, rnd.own_part()
+        small = rnd.rules.reveal_work(len(own)) <= SMALL
 
-        def make() -> bytes:
-            assert total.count == count, f"{total.count} contributors in a sum of {count}"
-            return codec.encode(total.reveal(plan=plan, commit=commit))
+        def make() -> tuple[bytes, Digest]:
+            reveal = total.reveal(final, own, self._journal)
+            assert reveal.count == count, f"{reveal.count} contributors in a sum of {count}"
+            body = codec.encode(reveal)
+            return body, digest(body)
 
-        def made(body: Any) -> None:
-            _must_work(body)
+        def made(result: Any) -> None:
+            _must_work(result)
             if self._sum is total:
                 self._sum = None
+            body, body_hash = result
             message = self._signer.sign_raw(
-                MessageKind.REVEAL, body, raw_size=len(body), compressed=False, now=self._clock(), round=number
+                MessageKind.REVEAL,
+                body,
+                raw_size=len(body),
+                compressed=False,
+                now=self._clock(),
+                round=number,
+                body_hash=body_hash,
             )
-            self.feed(ev.RevealMade(plan=plan, commit=commit, message_id=message.id, raw=message.encode()))
+            self._worker.do(message.encode, functools.partial(signed, message.id), small=small)
 
-        self._worker.do(make, made, small=self._small())
+        def signed(message_id: MessageId, raw: bytes) -> None:
+            self.feed(ev.RevealMade(plan=plan, commit=commit, message_id=message_id, raw=raw))
+
+        self._worker.do(make, made, small=small)
 
 
 def _must_work(result: Any) -> None:

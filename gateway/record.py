@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
 from fleetfed.gateway.events import CommitArrived
+from fleetfed.shared.errors import StorageError
+from fleetfed.shared.secure.box import SealSecret
+from fleetfed.shared.secure.kdf import KEY_SIZE
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.envelope import Digest, MessageId
 from fleetfed.shared.wire.messages import Plan
 
 _LABELS: Final = 64
+
+_NONCE_SIZE: Final = 16
 
 NEVER: Final = 1 << 62
 """A time that does not come."""
@@ -29,13 +35,47 @@ class RoundState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class RoundSecrets:
+    """What a gateway alone may know in a round of masked updates; it dies with the reveal.
+
+    Attributes:
+        seal: opens the bodies of the round's updates.
+        nonce: its share of the coin that deals them into buckets, until the reveal.
+    """
+
+    seal: SealSecret
+    nonce: bytes = field(repr=False)
+
+    @classmethod
+    def new(cls, randomness: Callable[[int], bytes]) -> RoundSecrets:
+        """Fresh ones."""
+        return cls(SealSecret.from_bytes(randomness(KEY_SIZE)), randomness(_NONCE_SIZE))
+
+    def encode(self) -> bytes:
+        """For the journal."""
+        return self.seal.encode() + self.nonce
+
+    @classmethod
+    def decode(cls, stored: bytes) -> RoundSecrets:
+        """What `encode` returned.
+
+        Raises:
+            StorageError: it is damaged.
+        """
+        if len(stored) != KEY_SIZE + _NONCE_SIZE:
+            raise StorageError(f"{len(stored)} bytes are no secrets of a round")
+        return cls(SealSecret.from_bytes(stored[:KEY_SIZE]), stored[KEY_SIZE:])
+
+
+@dataclass(frozen=True, slots=True)
 class Accepted:
-    """An update in the journal: its message, its head's hash, its certificate's serial, its bytes."""
+    """An update in the journal: its message, its head's hash, its certificate's serial and owner, its bytes."""
 
     message_id: MessageId
     head: Digest
     serial: int
     size: int
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +100,12 @@ class Sent:
 
 @dataclass(slots=True, kw_only=True)
 class RoundRecord:
-    """Everything about a round that is durable; what `RoundMachine` is made from after a crash."""
+    """Everything about a round that is durable; what `RoundMachine` is made from after a crash.
+
+    Attributes:
+        aborted: why the gateway refused the commit that is there, and with it the round; empty if it did not.
+        answered: whether the tier above needs, or gets, nothing more.
+    """
 
     plan: Plan
     hash: Digest
@@ -70,6 +115,7 @@ class RoundRecord:
     proposal: Sent | None = None
     commit: CommitArrived | None = None
     reveal: Sent | None = None
+    aborted: str = ""
     answered: bool = False
 
     def state(self) -> RoundState:

@@ -7,7 +7,8 @@ Rules (docs/protocol.md, Gateway 2 to 7):
 - ``proposed``: the set is fixed; the proposal is sent again until the coordinator's commit.
 - ``committed``: waits for the reveals of the gateways below that have members in the commit.
 - ``revealed``: the reveal is sent again until its receipt.
-- ``closed``: nothing more is owed; repeated messages get their stored answers until the round is over.
+- ``closed``: nothing more is owed; repeated messages get their stored answers until the round is over. A commit that
+  the mode's rules forbid to follow ends here as well: no sum leaves this gateway in this round.
 
 Whatever happens twice gets the stored first answer. There is one proposal, one commit and one reveal per round, ever:
 after a crash they are read from the journal (`RoundRecord`), never made anew.
@@ -22,16 +23,16 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 from fleetfed.gateway import events as ev
+from fleetfed.gateway.modes import rules_of
 from fleetfed.gateway.record import Accepted, Child, Place, RoundRecord, RoundState, Sent, bounded, close_time
 from fleetfed.shared.aggregate.accumulator import Ring
-from fleetfed.shared.aggregate.body import max_body
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.machine import Edge, Machine, TimerFired
 from fleetfed.shared.wire.envelope import Digest, Head, MessageId
-from fleetfed.shared.wire.messages import Life, Mode
+from fleetfed.shared.wire.messages import Life
 from fleetfed.shared.wire.selection import takes
 from fleetfed.shared.wire.topics import Kind
-from fleetfed.shared.wire.update import PLAIN, UpdateExtension
+from fleetfed.shared.wire.update import UpdateExtension
 
 RETRY: Final = 5_000
 """Milliseconds until an unanswered message is sent again; doubled up to `RETRY_CAP`."""
@@ -39,8 +40,6 @@ RETRY_CAP: Final = 60_000
 LONELY: Final = 2_000
 """Milliseconds for which a round stays open at a site where nobody is, so that members can still show up. Where there
 are devices and the plan selects none of them, there is nobody to wait for."""
-
-_MODES: Final = {Mode.PLAIN: PLAIN}
 
 _S = RoundState
 _PAST: Final = (_S.PROPOSED, _S.COMMITTED, _S.REVEALED, _S.CLOSED)
@@ -66,6 +65,9 @@ class RoundMachine(Machine[RoundState]):
         gateways: the gateways below that are ready now.
         now: unix milliseconds.
         connected: whether there is a connection to the tier above.
+
+    Raises:
+        RemoteProtocolError: `WRONG_SHAPE`: the plan asks for what this program does not do.
     """
 
     NAME = "gateway round"
@@ -84,9 +86,9 @@ class RoundMachine(Machine[RoundState]):
         super().__init__(record.state())
         self.record = record
         self.ring = ring
+        self.rules = rules_of(record.plan, ring)
         self.place = place
         self.rejected: Counter[str] = Counter()
-        self._body_limit = max_body(ring.layout.dimension, ring.own_limit, ring.meta.words)
         self._opened = now
         self._connected = connected
         self._retry_at: int | None = None
@@ -133,24 +135,21 @@ class RoundMachine(Machine[RoundState]):
             RemoteProtocolError: the first rule that it breaks, in the protocol's order.
         """
         plan, header = self.record.plan, head.header
-        wanted = UpdateExtension(
-            mode=_MODES[plan.mode],
-            suite=0,
+        wanted = replace(
+            extension,
             bits=plan.quantization.bits,
             lane_bits=plan.quantization.lane_bits,
             dimension=self.ring.layout.dimension,
             meta_words=self.ring.meta.words,
             plan=self.record.hash,
-            model_sha256=extension.model_sha256,
         )
         if header.round != plan.round:
             raise RemoteProtocolError(RejectReason.WRONG_ROUND, f"{header.round}, open is {plan.round}")
         if extension != wanted:
-            raise RemoteProtocolError(RejectReason.WRONG_SHAPE, f"{extension} where {wanted} is planned")
+            raise RemoteProtocolError(RejectReason.WRONG_SHAPE, _difference(extension, wanted))
+        self.rules.check_update(header, extension)
         if extension.model_sha256 != plan.model_sha256:
             raise RemoteProtocolError(RejectReason.WRONG_MODEL)
-        if max(header.body_size, header.raw_size) > self._body_limit:
-            raise RemoteProtocolError(RejectReason.TOO_LARGE, f"{header.raw_size} bytes, limit {self._body_limit}")
         if not self._selected(device):
             raise RemoteProtocolError(RejectReason.NOT_SELECTED)
         old = self.record.accepted.get(device)
@@ -211,6 +210,9 @@ class RoundMachine(Machine[RoundState]):
             assert record.commit is not None
         if self.state is RoundState.REVEALED:
             assert record.reveal is not None
+        if record.aborted:
+            assert self.state is RoundState.CLOSED
+            assert record.reveal is None
         for gateway, child in record.children.items():
             assert child.reveal is None or child.count == len(self.child_part(gateway))
 
@@ -230,7 +232,9 @@ class RoundMachine(Machine[RoundState]):
                 raise RemoteProtocolError(RejectReason.REVOKED)
         except RemoteProtocolError as error:
             return [ev.DiscardParcel(update=event), *self._refuse_device(event, error)]
-        self.record.accepted[event.device] = Accepted(event.message_id, event.head, event.serial, event.size)
+        self.record.accepted[event.device] = Accepted(
+            event.message_id, event.head, event.serial, event.size, event.owner
+        )
         self._device_of[event.message_id] = event.device
         self._bytes += event.size
         self.expected.add(event.device)
@@ -289,7 +293,7 @@ class RoundMachine(Machine[RoundState]):
         old = self.record.children.get(event.gateway)
         stored = ev.SendStoredReceipt(kind=Kind.GATEWAY, member=event.gateway, message_id=event.message_id)
         if old is not None and old.proposal == event.message_id:
-            if self.record.commit is not None and old.members:
+            if self.record.commit is not None and not self.record.aborted and old.members:
                 return [ev.SendCommit(event.gateway)]
             return [stored]
         if old is not None:
@@ -374,8 +378,15 @@ class RoundMachine(Machine[RoundState]):
                 return [ev.Refused(what="commit", reason=RejectReason.NOT_PROPOSED, detail=f"for {event.gateway}")]
             proposed = set(self._device_of).union(*(child.members for child in self.record.children.values()))
             if not event.members <= proposed:
-                return [ev.Refused(what="commit", reason=RejectReason.NOT_PROPOSED, detail="unknown members")]
+                detail = f"{len(event.members - proposed)} members that nobody here proposed"
+                return [ev.Refused(what="commit", reason=RejectReason.NOT_PROPOSED, detail=detail, alarm=True)]
         self.record.commit = event
+        part = [update for update in self.record.accepted.values() if update.message_id in event.members]
+        try:
+            if part:
+                self.rules.check_part(part, proposed=len(self.record.accepted))
+        except RemoteProtocolError as error:
+            return self._abort(event, error)
         self.state = RoundState.COMMITTED
         self._retry_at = None
         left_out = tuple(sorted(self._device_of.keys() - event.members))
@@ -386,11 +397,28 @@ class RoundMachine(Machine[RoundState]):
             *self._reveal_if_whole(),
         ]
 
+    def _abort(self, event: ev.CommitArrived, error: RemoteProtocolError) -> list[Any]:
+        """Follow a commit in nothing: not with a sum, and not with one over another set."""
+        self.record.aborted = str(error.reason)
+        self.state = RoundState.CLOSED
+        self._retry_at = None
+        detail = f"{error.detail}; round {self.record.plan.round} is aborted at this gateway, which reveals nothing"
+        return [
+            ev.StoreAborted(raw=event.raw, reason=error.reason),
+            ev.Refused(what="commit", reason=error.reason, detail=detail, alarm=True),
+        ]
+
     def _commit_again(self, event: ev.CommitArrived, now: int) -> list[Any]:
         if self.record.commit is not None and event.head == self.record.commit.head:
             # The tier above missed our reveal, or the broker repeats: the timer answers the first, nothing the other.
             return self._send(ev.SendReveal(), now) if self.state is RoundState.REVEALED else []
-        return [ev.Refused(what="commit", reason=RejectReason.CONFLICT, detail="the first commit counts")]
+        refused = ev.Refused(
+            what="commit",
+            reason=RejectReason.CONFLICT,
+            detail="the coordinator signed two for one proposal; the first counts",
+            alarm=self.record.commit is not None,
+        )
+        return [refused]
 
     def _reveal_if_whole(self) -> list[Any]:
         """Make the reveal once every part of the committed set is here."""
@@ -505,3 +533,9 @@ class RoundMachine(Machine[RoundState]):
         **{(state, ev.UpstreamConnected): Edge("_connect") for state in (_S.OPEN, *_PAST)},
         **{(state, ev.UpstreamLost): Edge("_disconnect") for state in (_S.OPEN, *_PAST)},
     }
+
+
+def _difference(extension: UpdateExtension, wanted: UpdateExtension) -> str:
+    names = ("bits", "lane_bits", "dimension", "meta_words")
+    pairs = ((name, getattr(extension, name), getattr(wanted, name)) for name in names)
+    return ", ".join(f"{name} is {said}, planned {planned}" for name, said, planned in pairs if said != planned)

@@ -142,6 +142,7 @@ class Gateway:
             site=self.site,
             upstream=self.upstream,
             counters=self.counters,
+            randomness=secrets.token_bytes,
             clock=unix_ms,
             round_over=self._round_over,
         )
@@ -175,9 +176,9 @@ class Gateway:
         self._site_up = asyncio.Event()
         self._revoked_raw = self.inbound.load_revocations(state / "revoked.bin")
         self._make_sessions(identity)
-        self._restore(stored.plan)
+        self._restore()
 
-    def _restore(self, plan: bytes) -> None:
+    def _restore(self) -> None:
         served = self.relay.served_now()
         if served is not None:
             self.machine.handle(served, unix_ms())
@@ -187,11 +188,12 @@ class Gateway:
             return
         try:
             ring = scheme_of(stored.record.plan, stored.sizes).ring
+            rnd = self.machine.restore(stored.record, ring, unix_ms())
         except RemoteProtocolError as error:
             raise StorageError(f"{self.config.state}: the stored plan does not fit its model: {error}") from error
-        rnd = self.machine.restore(stored.record, ring, unix_ms())
-        self.performer.restore(rnd, plan)
-        _log.info("round %d goes on (%s) with %d updates", rnd.record.plan.round, rnd.state, len(rnd.record.accepted))
+        self.performer.restore(rnd, stored)
+        plan, accepted = rnd.record.plan, len(rnd.record.accepted)
+        _log.info("round %d goes on (%s mode, %s) with %d updates", plan.round, plan.mode, rnd.state, accepted)
 
     def _make_sessions(self, identity: Identity) -> None:
         config, folder = self.config, self.config.identity
@@ -309,7 +311,12 @@ class Gateway:
         if first or not session_present:
             # The broker may have lost what it retained for us, or a process before us has left something else.
             self.relay.republish()
-            for what, raw in ((Broadcast.REVOKED, self._revoked_raw), (Broadcast.PLAN, self.performer.plan)):
+            retained = (
+                (Broadcast.REVOKED, self._revoked_raw),
+                (Broadcast.PLAN, self.performer.plan),
+                (Broadcast.COSIGN, self.performer.cosign),
+            )
+            for what, raw in retained:
                 if raw:
                     await self._say(self._below, self.site.broadcast(what), raw)
         else:
@@ -378,6 +385,8 @@ class Gateway:
             accepted=self.performer.accepted,
             round=rnd.record.plan.round if rnd else self.machine.last_round,
             round_state=str(rnd.state) if rnd else str(self.machine.state),
+            mode=str(rnd.record.plan.mode) if rnd else self.machine.previous.mode,
+            aborted=rnd.record.aborted if rnd else self.machine.previous.aborted,
             answered=rnd.answered if rnd else 0,
             expected=len(rnd.expected) if rnd else 0,
             level=self.machine.members.level,

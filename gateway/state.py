@@ -67,11 +67,14 @@ class Previous:
         round: its number; 0 for none.
         hash: its plan's.
         accepted: device to message id and head hash of what was accepted.
+        mode, aborted: for the status: how it was done, and why it was aborted here; empty after a restart.
     """
 
     round: int = 0
     hash: Digest | None = None
     accepted: dict[str, tuple[MessageId, Digest]]
+    mode: str = ""
+    aborted: str = ""
 
 
 class GatewayMachine(Machine[GatewayState]):
@@ -113,12 +116,15 @@ class GatewayMachine(Machine[GatewayState]):
         self._census_sent = 0
 
     def restore(self, record: RoundRecord, ring: Ring, now: int) -> RoundMachine:
-        """Go on with a round that the journal holds; `resume` it once its sum is built."""
+        """Go on with a round that the journal holds; `resume` it once its sum is built.
+
+        Raises:
+            RemoteProtocolError: an older program than the one that opened it, which cannot go on with it.
+        """
         assert self.state is GatewayState.IDLE
-        self._begin(record, ring, now)
+        rnd = self._begin(record, ring, now)
         self.last_round = max(self.last_round, record.plan.round)
-        assert self.round is not None
-        return self.round
+        return rnd
 
     def resume(self, now: int) -> list[Any]:
         """What the restored round may have decided but not done."""
@@ -185,19 +191,19 @@ class GatewayMachine(Machine[GatewayState]):
             if served.version == plan.model_version and served.sha256 != plan.model_sha256:
                 raise RemoteProtocolError(RejectReason.WRONG_MODEL, "the plan names another file of this version")
             ring = scheme_of(plan, served.sizes).ring
+            rnd = self._begin(RoundRecord(plan=plan, hash=pending.hash), ring, now)
         except RemoteProtocolError as error:
             return [ev.Refused(what=f"plan {plan.round}", reason=error.reason, detail=error.detail)]
-        self._begin(RoundRecord(plan=plan, hash=pending.hash), ring, now)
-        assert self.round is not None
         self._published = pending.raw
         self._census_due = self._census_time(now)
         return [
             ev.StoreRound(round=plan.round, hash=pending.hash, raw=pending.raw, sizes=served.sizes),
             ev.PublishPlan(pending.raw),
+            *([ev.PublishCosign()] if rnd.rules.cosigned else []),
             *self._to_round(TimerFired(), now),
         ]
 
-    def _begin(self, record: RoundRecord, ring: Ring, now: int) -> None:
+    def _begin(self, record: RoundRecord, ring: Ring, now: int) -> RoundMachine:
         self.round = RoundMachine(
             record,
             ring,
@@ -209,6 +215,7 @@ class GatewayMachine(Machine[GatewayState]):
         )
         self.round.handle(ev.Revoked(serials=self._serials), now)
         self.state = GatewayState.ROUND
+        return self.round
 
     def _end(self) -> list[Any]:
         """Drop whatever is going on."""
@@ -220,6 +227,8 @@ class GatewayMachine(Machine[GatewayState]):
             round=record.plan.round,
             hash=record.hash,
             accepted={name: (update.message_id, update.head) for name, update in record.accepted.items()},
+            mode=str(record.plan.mode),
+            aborted=record.aborted,
         )
         return [ev.ForgetRound(round=record.plan.round, hash=record.hash), ev.RoundOver(record.plan.round)]
 

@@ -30,6 +30,8 @@ class Status:
         rejected: refusals by reason since the start.
         accepted: updates accepted since the start.
         round, round_state: the open round, or the last one and ``idle`` or ``waiting``.
+        mode: of that round, ``plain`` or ``split``; empty where the gateway has not seen it.
+        aborted: why this gateway refused the coordinator's commit of that round and revealed nothing; else empty.
         answered, expected: devices in the open round.
         level: 0 with devices alone below it.
         journal_commits: transactions since the start; less than the messages stored, because they share them.
@@ -48,6 +50,8 @@ class Status:
     accepted: int
     round: int
     round_state: str
+    mode: str
+    aborted: str
     answered: int
     expected: int
     level: int

@@ -1,21 +1,35 @@
-"""The sum of the open round: one vector, whatever the number of devices; built again from the journal after a crash."""
+"""The sum of the open round: one vector, whatever the number of devices; built again from the journal after a crash.
+
+What a body is, how it adds and what is revealed is each mode's own (`plain`, `masked`). Common to them: what the own
+devices sent and what came from below stay apart until the reveal, so that there is one place, `Summation.release`,
+where a sum of own contributions becomes what leaves the gateway.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
-from fleetfed.gateway.intake import decode_reveal, decode_values
-from fleetfed.shared.aggregate.accumulator import Accumulator, Partial, Ring, encode_words
-from fleetfed.shared.aggregate.lanes import Values, Words
-from fleetfed.shared.wire.envelope import parse_head
+from fleetfed.gateway.events import CommitArrived
+from fleetfed.shared.aggregate.accumulator import Accumulator, Partial, Ring
+from fleetfed.shared.wire.envelope import Head, MessageId, parse_head
+from fleetfed.shared.wire.masking import NonceHash
 from fleetfed.shared.wire.messages import Reveal
 
-REVEAL_LEVEL = 3
-"""zstd level of a partial: sums hardly compress further, and the coordinator waits for it."""
+
+class Source(Protocol):
+    """What is asked of the journal."""
+
+    def updates(self, message_ids: Iterable[MessageId]) -> Iterator[tuple[bytes, bytes]]:
+        """Heads and bodies of stored updates, one at a time."""
+
+    def reveals(self) -> Iterator[bytes]:
+        """The stored reveals of gateways below, one message at a time."""
 
 
-class Summation:
-    """The sum and what it may hold.
+class Summation(ABC):
+    """A round's sum. All but `open` only in one thread at a time.
 
     Args:
         ring: the plan's arithmetic.
@@ -24,38 +38,93 @@ class Summation:
 
     def __init__(self, ring: Ring, *, capacity: int) -> None:
         self.ring = ring
-        self._sum = Accumulator(ring, capacity=capacity)
+        self._own = Accumulator(ring, capacity=capacity)
+        self._below = Accumulator(ring, capacity=capacity)
 
     @property
     def count(self) -> int:
         """Contributors in the sum."""
-        return self._sum.count
+        return self._own.count + self._below.count
 
-    def add(self, values: Values, meta: Words) -> None:
-        """Add one decoded update."""
-        self._sum.accumulate(values, meta)
+    # --- What a mode does -----------------------------------------------------------------------------------------
 
-    def merge(self, partial: Partial) -> None:
-        """Add a decoded partial."""
-        self._sum.merge(partial)
+    @abstractmethod
+    def open(self, head: Head, body: bytes | memoryview) -> Any:
+        """Check an update's body, all that the mode lets a gateway see of it, and return what `add` takes.
 
-    def drop(self, bodies: Iterable[bytes]) -> None:
-        """Take out updates, given their stored bodies."""
-        for body in bodies:
-            values, meta = decode_values(body, self.ring)
-            self._sum.subtract(values, meta)
+        Args:
+            head: verified and admitted.
+            body: as received.
 
-    def rebuild(self, bodies: Iterable[bytes], reveals: Iterable[bytes]) -> None:
-        """Add what the journal holds: bodies of updates, whole reveal messages."""
-        for body in bodies:
-            self.add(*decode_values(body, self.ring))
+        Raises:
+            RemoteProtocolError: `BODY_MISMATCH`, and whatever else is wrong with it.
+        """
+
+    @abstractmethod
+    def add(self, opened: Any) -> None:
+        """Add one opened update."""
+
+    @abstractmethod
+    def subtract(self, opened: Any) -> None:
+        """Take one opened update out again."""
+
+    @abstractmethod
+    def open_below(self, reveal: bytes) -> Partial | None:
+        """What a stored reveal from below adds to the sum; None where it is passed on as it is."""
+
+    @abstractmethod
+    def reveal(self, commit: CommitArrived, own: Sequence[MessageId], source: Source) -> Reveal:
+        """Hand over what the tier above gets; the sum is gone afterwards.
+
+        Args:
+            commit: that it answers.
+            own: the committed updates of the own devices.
+            source: holds them, and the reveals from below.
+        """
+
+    def nonces(self) -> tuple[NonceHash, ...]:
+        """What a proposal with own updates says of this site's coin."""
+        return ()
+
+    def release(self, own: Partial, members: Sequence[MessageId], source: Source) -> Partial:
+        """What a sum of own contributions becomes before it leaves the gateway; asked once for each sum, in the worker.
+
+        Noise, and whatever else is due to own contributions alone, stands here and nowhere else. Nobody has seen what
+        this returned until it is durable: after a crash before that it may be another one.
+
+        Args:
+            own: their exact sum.
+            members: whose it is.
+            source: holds their updates.
+        """
+        return own
+
+    # --- Common to all --------------------------------------------------------------------------------------------
+
+    def merge(self, partial: Partial | None) -> None:
+        """Add what a reveal from below holds."""
+        if partial is not None:
+            self._below.merge(partial)
+
+    def drop(self, updates: Iterable[tuple[bytes, bytes]]) -> None:
+        """Take out updates, given their stored heads and bodies."""
+        for head, body in updates:
+            self.subtract(self.open(parse_head(head), body))
+
+    def rebuild(self, updates: Iterable[tuple[bytes, bytes]], reveals: Iterable[bytes]) -> None:
+        """Add what the journal holds: heads and bodies of updates, whole reveal messages."""
+        for head, body in updates:
+            self.add(self.open(parse_head(head), body))
         for raw in reveals:
-            head = parse_head(raw)
-            _, partial = decode_reveal(head.header, memoryview(raw)[head.size :], self.ring)
-            self.merge(partial)
+            self.merge(self.open_below(raw))
 
-    def reveal(self, *, plan: bytes, commit: bytes) -> Reveal:
-        """Hand the sum over; it is gone afterwards."""
-        partial = self._sum.report()
-        words = encode_words(partial, level=REVEAL_LEVEL)
-        return Reveal(plan=plan, commit=commit, count=partial.count, words=words)
+    def total(self, members: Sequence[MessageId], source: Source) -> Partial:
+        """Hand over own contributions, released, and those from below in one sum."""
+        own, below = self._own.report(), self._below.report()
+        if not own.count:
+            return below
+        released = self.release(own, members, source)
+        total = Accumulator(self.ring, capacity=self._own.capacity, words=released.words, count=own.count)
+        if below.count:
+            total.merge(below)
+        return total.report()

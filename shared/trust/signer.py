@@ -116,12 +116,21 @@ class Signer:
         round: int = 0,
         lifetime: int = 0,
         extension: bytes = b"",
+        body_hash: Digest | None = None,
     ) -> Message:
-        """Sign a body that is encoded, and perhaps compressed, already; arguments as for `sign`."""
+        """Sign a body that is encoded, and perhaps compressed, already.
+
+        Args:
+            kind, now, round, lifetime, extension: as for `sign`.
+            body: as it is sent.
+            raw_size: bytes once decompressed.
+            compressed: whether it is.
+            body_hash: its hash, from whoever has taken it already where the body is large.
+        """
         header = self._header(
             kind, now, round, lifetime, body=len(body), raw=raw_size, compressed=compressed, extension=len(extension)
         )
-        return self._message(header, body, extension)
+        return self._message(header, body, extension, body_hash)
 
     def sign_bound(
         self,
@@ -177,8 +186,8 @@ class Signer:
             certificate_size=len(self._encoded_certificate),
         )
 
-    def _message(self, header: Header, body: bytes, extension: bytes) -> Message:
-        header = replace(header, body_hash=digest(body))
+    def _message(self, header: Header, body: bytes, extension: bytes, body_hash: Digest | None = None) -> Message:
+        header = replace(header, body_hash=digest(body) if body_hash is None else body_hash)
         signed = header.encode() + extension
         signature = self._key.sign(signed_bytes(header.kind, signed))
         return Message(Head(header, extension, signature, self._encoded_certificate, signed), body)

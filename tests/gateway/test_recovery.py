@@ -168,7 +168,7 @@ async def test_a_gateway_below_is_added_and_survives(bench: Bench) -> None:
 
 
 def meta_of(fleet: SignedFleet, number: int) -> Any:
-    from fleetfed.gateway.intake import decode_values
+    from fleetfed.gateway.plain import decode_values
 
     return decode_values(fleet.body(fleet.values(number)), fleet.ring)[1]
 

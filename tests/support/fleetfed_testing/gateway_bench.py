@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.chunks import split
 from fleetfed.shared.wire.envelope import Head, open_body, parse_head
+from fleetfed.shared.wire.masking import Cosign
 from fleetfed.shared.wire.messages import Life, Plan, Presence, Proposal, Receipt, Reveal
 from fleetfed.shared.wire.topics import Broadcast, Kind, SiteTopics, Verb
 from fleetfed_testing.signed_fleet import SignedFleet
@@ -65,6 +68,7 @@ class Bench:
         self.budget = 1 << 20
         self.settled = 0
         self.place = Place(gateway=name, direct=upstream == "_")
+        self.randomness: Callable[[int], bytes] = secrets.token_bytes
         self.below, self.above = Recorder(), Recorder()
         fleet.identity(name, Role.GATEWAY, site)
 
@@ -94,6 +98,7 @@ class Bench:
             site=self.site,
             upstream=self.upstream,
             counters=self.counters,
+            randomness=self.randomness,
             clock=lambda: fleet.now,
             round_over=lambda number: self.inbound.round_over(),
         )
@@ -126,7 +131,7 @@ class Bench:
         self.performer.feed(ev.ModelServed(version=1, sha256=manifest.sha256, sizes=fleet.sizes))
         if stored.record is not None:
             rnd = self.machine.restore(stored.record, scheme_of(stored.record.plan, stored.sizes).ring, fleet.now)
-            self.performer.restore(rnd, stored.plan)
+            self.performer.restore(rnd, stored)
         self._tasks = [asyncio.create_task(self.pipeline.run()), asyncio.create_task(self.worker.run())]
         self.performer.perform(self.machine.resume(fleet.now))
         self.performer.feed(ev.SiteConnected(self.settled))
@@ -184,6 +189,12 @@ class Bench:
         for frame in split(message.id, message.encode()):
             self.inbound.receive(self.site.up(kind, name, verb), frame)
 
+    def masked(self, device: str, plan: Plan, hash: Any, **arguments: Any) -> Any:
+        """A masked update of a device of this site, sealed to the key in the last cosignature."""
+        key = arguments.pop("gateway_key", None) or self.cosigns()[-1].seal_key
+        site = arguments.pop("site", self.site.site)
+        return self.fleet.split_update(device, plan, hash, gateway_key=key, site=site, **arguments)
+
     def update(self, device: str, message: Any) -> None:
         """A device's update."""
         self.say(Kind.DEVICE, device, Verb.UPDATE, message)
@@ -204,6 +215,10 @@ class Bench:
         """Receipts sent to a member."""
         return [opened(raw, Receipt) for raw in self.below.on(self.site.down(kind, name, Verb.RECEIPT))]
 
+    def cosigns(self) -> list[Cosign]:
+        """Cosignatures published below, oldest first."""
+        return [opened(raw, Cosign) for raw in self.below.on(self.site.broadcast(Broadcast.COSIGN))]
+
     def proposals(self) -> list[tuple[Head, Proposal]]:
         """Proposals sent up."""
         return [
@@ -223,16 +238,20 @@ class Bench:
         rnd = self.machine.round
         record = None if rnd is None else replace(rnd.record)
         total = self.performer._sum
-        words = None if total is None else total._sum._words.tobytes()
+        words = None if total is None else total._own._words.tobytes() + total._below._words.tobytes()
         rows = tuple(self.journal._reader.execute("SELECT message_id FROM updates").fetchall())
         state = None if rnd is None else (rnd.state, dict(rnd.record.accepted), dict(rnd.record.children))
         return (record is None, state, words, rows, self.journal.load().last_round)
 
     def total(self) -> Any:
-        """The values of the sum as it stands."""
+        """The values of the plain sum as it stands."""
+        return self.fleet.ring.layout.unpack(self.words())[0]
+
+    def words(self) -> Any:
+        """The words of the sum as it stands, masked or not."""
         total = self.performer._sum
         assert total is not None
-        return total.ring.layout.unpack(np.copy(total._sum._words))[0]
+        return np.copy(total._own._words) + total._below._words
 
 
 def messages(frames: list[bytes]) -> list[tuple[Head, bytes]]:
