@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +26,15 @@ from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.trust.signer import Message, Signer
 from fleetfed.shared.wire.envelope import Digest, Header, MessageKind
 from fleetfed.shared.wire.messages import Mode, Plan, Weighting
+from fleetfed.shared.wire.privacy import Privacy
 from fleetfed.shared.wire.update import BOX_SIZE, EXTENSION_SIZE, PLAIN, SPLIT, UpdateExtension
 
 if TYPE_CHECKING:
     from fleetfed.shared.secure.box import Reader
 
 Residual = NDArray[np.float32]
+
+_NOISE_KEY: Final = 32
 
 __all__ = ["NonFiniteDeltaError", "Prepared", "Seals", "check_plan", "prepare", "sign"]
 
@@ -48,7 +51,7 @@ class Prepared:
         meta_words: how many of them.
         residual: float32 of shape (parameters,) for the next round; None without error feedback.
         weight: what the update weighs.
-        clipped: fraction of coordinates beyond their clip.
+        clipped: fraction of coordinates beyond their clip; under differential privacy 1 or 0, whether the whole was.
     """
 
     body: bytes = b""
@@ -112,10 +115,14 @@ def prepare(
         rng: source of the stochastic rounding.
         residual: error feedback in force; None starts it anew.
 
+    Under differential privacy the residual is left alone, and the noise is the system's, not of ``rng``.
+
     Raises:
         NonFiniteDeltaError: NaN or infinity.
         RemoteProtocolError: a plan of which no scheme can be made.
     """
+    if plan.privacy is not None:
+        return _prepare_private(trained, plan, plan.privacy, card, rng=rng)
     settings = plan.quantization
     scheme = scheme_of(plan, tuple(slot.size for slot in card.tensors))
     grid, layout = scheme.grid, scheme.ring.meta
@@ -151,6 +158,33 @@ def prepare(
         residual=quantized.residual,
         weight=weight,
         clipped=sum(quantized.clipped) / grid.dimension,
+    )
+
+
+def _prepare_private(
+    trained: Trained, plan: Plan, privacy: Privacy, card: ModelCard, *, rng: np.random.Generator
+) -> Prepared:
+    """As `prepare`, with a bounded norm, the device's share of the noise, and no number beside the values."""
+    # Imported late: a device in other rounds carries nothing of this.
+    from fleetfed.shared.privacy.clipping import clip_and_round
+    from fleetfed.shared.privacy.mechanism import add_device_noise
+
+    scheme = scheme_of(plan, tuple(slot.size for slot in card.tensors))
+    ring = scheme.ring
+    clipped = clip_and_round(trained.delta, scheme.grid, clip=privacy.clip, rng=rng)
+    # A key of the system's own, not of ``rng``: whoever guesses it reads the update.
+    values, meta = add_device_noise(
+        clipped.values, ring.meta.encode_private(beyond=clipped.beyond), ring, privacy, os.urandom(_NOISE_KEY)
+    )
+    split = plan.mode is Mode.SPLIT
+    return Prepared(
+        body=b"" if split else encode_body(values, meta, limit=ring.own_limit),
+        words=ring.layout.pack(values, meta) if split else None,
+        dimension=scheme.grid.dimension,
+        meta_words=ring.meta.words,
+        residual=None,
+        weight=1,
+        clipped=float(clipped.beyond),
     )
 
 

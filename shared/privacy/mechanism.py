@@ -25,6 +25,7 @@ from fleetfed.shared.privacy import noise
 from fleetfed.shared.privacy.clipping import unrounded_norm
 from fleetfed.shared.privacy.noise import Integers
 from fleetfed.shared.secure.kdf import Label, derive
+from fleetfed.shared.wire.defence import Rule
 from fleetfed.shared.wire.messages import Mode, Plan, Weighting
 from fleetfed.shared.wire.privacy import Mechanism, Privacy
 
@@ -93,6 +94,8 @@ def check_privacy(plan: Plan) -> None:
         raise ValueError("differential privacy needs uniform weights: a weight says how much data a device has")
     if plan.quantization.error_feedback:
         raise ValueError("differential privacy without error feedback: what a clip cut off would come back")
+    if plan.defence is not None and (plan.defence.rule is not Rule.SUM or plan.defence.outlier_score):
+        raise ValueError("a defence leaves devices out because of what others say, which no noise covers")
     unrounded_norm(privacy.clip, plan.dimension)
     if privacy.mechanism is Mechanism.SKELLAM:
         if plan.split is None or plan.mode is not Mode.SPLIT:

@@ -24,6 +24,7 @@ from fleetfed.shared.aggregate.lanes import choose_lane_bits
 from fleetfed.shared.aggregate.scheme import scheme_of
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.privacy.mechanism import add_device_noise, add_gateway_noise, device_sigma, ring_noise
+from fleetfed.shared.wire.defence import Defence, Rule
 from fleetfed.shared.wire.masking import Split
 from fleetfed.shared.wire.messages import Mode, Plan, Quantization, Quorum, Weighting
 from fleetfed.shared.wire.privacy import Mechanism, Privacy
@@ -177,6 +178,8 @@ def test_a_claim_beyond_what_the_noise_explains_is_refused() -> None:
     ("change", "says"),
     [
         ({"weighting": Weighting.EXAMPLES}, "uniform"),
+        ({"defence": Defence(rule=Rule.MEDIAN)}, "what others say"),
+        ({"defence": Defence(outlier_score=3.5)}, "what others say"),
         ({"privacy": privacy(clip=5.0)}, "rounding alone"),
         ({"privacy": privacy(noise_multiplier=0.01)}, "can be drawn"),
         ({"privacy": privacy(clip=1e12, noise_multiplier=1e4)}, "can be drawn"),

@@ -1,0 +1,262 @@
+"""What rounds cost: epsilon for a delta, with `dp_accounting` 0.6.0.
+
+The unit is one device. Two fleets are neighbours if they differ in the content of one device, which in one of them is
+replaced by zero (`REPLACE_SPECIAL`): *that* a device takes part is not protected, gateways and coordinator see it. For
+the same reason nothing is amplified by sampling: whom a plan selects is public.
+
+What bounds the cost is that each device stops after ``max_participations`` and keeps ``min_separation``, by its own
+ledger. Rounds with the same parameters are one `Segment`; segments add up. Gaussian mechanisms compose exactly
+(one Gaussian of the summed precision), and with Skellam noise by Renyi divergences.
+
+A discrete Gaussian costs what a continuous one of deviation ``sqrt(sigma**2 - r**2)`` costs, ``r = 2.5``: rounding the
+continuous one's output at random with deviation ``r`` gives the discrete one up to a factor ``1 +- 2**-170`` (Poisson
+summation: ``2 exp(-2 pi**2 r**2)``), and what is computed from a private output is as private.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Final
+
+import numpy as np
+
+from fleetfed.cloud_coordinator.privacy.matrix import column_square
+from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.privacy.mechanism import FLAG_SENSITIVITY
+from fleetfed.shared.wire.codec import Length
+from fleetfed.shared.wire.fields import Count, Positive
+from fleetfed.shared.wire.privacy import Mechanism, Privacy
+
+UNIT: Final = "one device"
+RELATION: Final = "zero-out (REPLACE_SPECIAL): one device's content replaced by zero, its participation public"
+_ROUNDING: Final = 2.5
+"""r of the module's argument, in levels."""
+_DIGITS: Final = 4
+_HOPELESS: Final = 100.0
+
+TRUSTED: Final = {
+    Mechanism.CENTRAL: "the coordinator; in plain mode the device's gateway too",
+    Mechanism.SPLIT_CENTRAL: "the device's gateway or the coordinator: either one, against the other and the public",
+    Mechanism.MATRIX: "the coordinator, and whoever can read its noise state; in plain mode the gateway too",
+    Mechanism.SKELLAM: "gateway or coordinator not to work together, and the promised number of devices to add noise",
+}
+"""Who must be honest for the guarantee to hold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Rounds under one set of parameters.
+
+    Attributes:
+        mechanism, clip, noise_multiplier, max_participations, min_separation, honest, band, flag_noise: as in
+            `wire.privacy.Privacy`.
+        dimension: coordinates of a contribution.
+        rounds: opened so far.
+    """
+
+    mechanism: Mechanism
+    clip: float
+    noise_multiplier: float
+    max_participations: Positive
+    min_separation: Positive
+    honest: Count
+    band: Positive
+    flag_noise: float
+    dimension: Positive
+    rounds: Count = 0
+
+    @classmethod
+    def of(cls, privacy: Privacy, dimension: int, *, rounds: int = 0) -> Segment:
+        """The segment that a plan's rounds belong to."""
+        return cls(
+            mechanism=privacy.mechanism,
+            clip=privacy.clip,
+            noise_multiplier=privacy.noise_multiplier,
+            max_participations=privacy.max_participations,
+            min_separation=privacy.min_separation,
+            honest=privacy.honest,
+            band=privacy.band,
+            flag_noise=privacy.flag_noise,
+            dimension=dimension,
+            rounds=rounds,
+        )
+
+    @property
+    def participations(self) -> int:
+        """Most rounds of it that one device can have been in."""
+        return min(self.max_participations, -(-self.rounds // self.min_separation))
+
+    def full(self) -> Segment:
+        """The same after as many rounds as let a device take part as often as it may."""
+        return replace(self, rounds=self.max_participations * self.min_separation)
+
+    def joins(self, other: Segment) -> bool:
+        """Whether the rounds of both are one mechanism."""
+        return replace(self, rounds=0) == replace(other, rounds=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """All rounds that a fleet's coordinator ever opened under differential privacy; durable.
+
+    Attributes:
+        segments: oldest first.
+    """
+
+    segments: Annotated[tuple[Segment, ...], Length(0, 10_000)] = ()
+
+    def after(self, segment: Segment) -> Account:
+        """The account with one more round."""
+        if self.segments and self.segments[-1].joins(segment):
+            last = self.segments[-1]
+            return Account(segments=(*self.segments[:-1], replace(last, rounds=last.rounds + 1)))
+        return Account(segments=(*self.segments, replace(segment, rounds=1)))
+
+    def epsilon(self, delta: float) -> float:
+        """What the rounds have cost any one device, at most."""
+        return epsilon(self.segments, delta)
+
+
+def epsilon(segments: tuple[Segment, ...], delta: float) -> float:
+    """The least epsilon for which the segments together are (epsilon, delta)-private, as far as the theorems tell.
+
+    Raises:
+        ConfigError: dp-accounting is not installed.
+    """
+    precision = math.fsum(_precision(segment) for segment in segments)
+    shared = [segment for segment in segments if segment.mechanism is Mechanism.SKELLAM and segment.participations]
+    if not shared:
+        return _gaussian(math.sqrt(precision), delta)
+    # Two bounds of the same thing: whichever is smaller holds.
+    return min(_renyi(shared, precision, which, delta) for which in (0, 1))
+
+
+def calibrate(segment: Segment, budget: float, delta: float) -> float:
+    """The least noise multiplier, to four digits, with which the segment stays within a budget.
+
+    Args:
+        segment: its noise multiplier does not matter.
+        budget: epsilon.
+        delta: as ever.
+
+    Raises:
+        ConfigError: no noise is enough (the flag's noise alone costs more), or dp-accounting is not installed.
+    """
+
+    def cost(multiplier: float) -> float:
+        return epsilon((replace(segment, noise_multiplier=multiplier),), delta)
+
+    low, high = 1e-3, 1e-3
+    while cost(high) > budget:
+        low, high = high, high * 2
+        if high > 1e6:
+            raise ConfigError(
+                f"no noise on the updates keeps epsilon {budget:g}: raise epsilon or flag_noise, or allow fewer "
+                "participations"
+            )
+    while high / low > 1 + 1e-9:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if cost(middle) > budget else (low, middle)
+    places = _DIGITS - 1 - math.floor(math.log10(high))
+    scale: float = 10.0**places
+    return math.ceil(high * scale) / scale
+
+
+def statement(privacy: Privacy, account: Account) -> dict[str, Any]:
+    """What may be claimed, in one place: everything that a number for epsilon means nothing without."""
+    return {
+        "epsilon": account.epsilon(privacy.delta),
+        "delta": privacy.delta,
+        "unit": UNIT,
+        "relation": RELATION,
+        "mechanism": privacy.mechanism.value,
+        "noise_multiplier": privacy.noise_multiplier,
+        "max_participations": privacy.max_participations,
+        "min_separation": privacy.min_separation,
+        "epsilon_at_most": privacy.epsilon,
+        "rounds": sum(segment.rounds for segment in account.segments),
+        "honest": TRUSTED[privacy.mechanism],
+    }
+
+
+def _gaussian(ratio: float, delta: float) -> float:
+    """Epsilon of a Gaussian of such a ratio of sensitivity to deviation: exact (Balle and Wang 2018, theorem 8)."""
+    if ratio > _HOPELESS:
+        # The library's root finding leaves the floats; nobody wants this epsilon, a bound of it will do.
+        return ratio * ratio / 2 + ratio * math.sqrt(2 * math.log(1 / delta))
+    if not ratio:
+        return 0.0
+    # Far out the library takes the logarithm of zero, and means minus infinity by it.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(_library().get_epsilon_gaussian(1 / ratio, delta))
+
+
+def _precision(segment: Segment) -> float:
+    """Summed squares of sensitivity over noise of all that is Gaussian in a segment."""
+    if segment.mechanism is Mechanism.SKELLAM:
+        return 0.0
+    sigma = segment.noise_multiplier * segment.clip
+    if segment.mechanism is Mechanism.MATRIX:
+        return segment.participations * column_square(segment.band) / segment.noise_multiplier**2
+    each = segment.clip**2 / _continuous(sigma)
+    if segment.flag_noise:
+        each += FLAG_SENSITIVITY**2 / _continuous(2 * segment.flag_noise)
+    return segment.participations * each
+
+
+def _continuous(sigma: float) -> float:
+    """The variance of the continuous Gaussian that a discrete one is worth."""
+    variance: float = sigma * sigma - _ROUNDING * _ROUNDING
+    # Below that there is no such Gaussian, and the plan is refused anyway (`mechanism.LEAST_SIGMA`).
+    return max(variance, 1e-9)
+
+
+def _renyi(segments: list[Segment], precision: float, which: int, delta: float) -> float:
+    dpa = _library()
+    accountant = _rdp().RdpAccountant(neighboring_relation=dpa.NeighboringRelation.REPLACE_SPECIAL)
+    events = [dpa.GaussianDpEvent(1 / math.sqrt(precision))] if precision else []
+    for segment in segments:
+        variance = (segment.noise_multiplier * segment.clip) ** 2
+        once = [_skellam(segment.clip, segment.dimension, variance)[which]]
+        if segment.flag_noise:
+            once.append(_skellam(FLAG_SENSITIVITY, 1, (2 * segment.flag_noise) ** 2)[which])
+        events += [dpa.SelfComposedDpEvent(event, segment.participations) for event in once]
+    for event in events:
+        if not accountant.supports(event):
+            raise ConfigError(f"dp-accounting cannot account for {event}; install the version that FleetFed names")
+        accountant.compose(event)
+    return float(accountant.get_epsilon(delta))
+
+
+def _skellam(l2: float, dimension: int, variance: float) -> tuple[Any, Any]:
+    """Two bounds of one Skellam release (Agarwal et al. 2021, "The Skellam Mechanism", theorem 3.5).
+
+    Each is linear in the order of the divergence, which is what a `ZCDpEvent` says.
+    """
+    dpa = _library()
+    l1 = min(math.sqrt(dimension) * l2, l2 * l2)
+    rho, square = l2 * l2 / (2 * variance), variance * variance
+    return (
+        dpa.ZCDpEvent(rho=rho + l2 * l2 / (2 * square), xi=max(0.0, (6 * l1 - l2 * l2) / (4 * square))),
+        dpa.ZCDpEvent(rho=rho, xi=1.5 * l1 / variance),
+    )
+
+
+def _library() -> Any:
+    return _import("dp_accounting")
+
+
+def _rdp() -> Any:
+    return _import("dp_accounting.rdp")
+
+
+def _import(name: str) -> Any:
+    # Not at import: it brings SciPy along, which takes seconds, and a fleet without differential privacy needs neither.
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            "differential privacy needs the package dp-accounting: pip install 'fleetfed[privacy]'"
+        ) from error

@@ -1,0 +1,242 @@
+"""Epsilon: the specification's tables to three digits, the traps of the library, and monotony."""
+
+from __future__ import annotations
+
+import ast
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetfed.cloud_coordinator.privacy import accounting
+from fleetfed.cloud_coordinator.privacy.accounting import Account, Segment, calibrate, epsilon
+from fleetfed.cloud_coordinator.privacy.matrix import column_square, prefix_rmse
+from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.privacy.clipping import rounded_norm
+from fleetfed.shared.wire.privacy import Mechanism
+
+dpa = pytest.importorskip("dp_accounting")
+from dp_accounting import pld, rdp  # noqa: E402
+
+ROOT = Path(__file__).parents[3]
+DELTA = 1e-6
+RELATION = dpa.NeighboringRelation.REPLACE_SPECIAL
+
+
+def segment(mechanism: Mechanism = Mechanism.CENTRAL, *, z: float = 5.0, times: int = 50, **given: Any) -> Segment:
+    defaults: dict[str, Any] = {
+        # So many levels that a discrete Gaussian is a continuous one to every digit shown.
+        "clip": 1e6,
+        "min_separation": 1,
+        "honest": 0,
+        "band": 1,
+        "flag_noise": 0.0,
+        "dimension": 2**20,
+    }
+    return Segment(
+        mechanism=mechanism,
+        noise_multiplier=z,
+        max_participations=times,
+        rounds=times,
+        **(defaults | given),
+    )
+
+
+def cost(*segments: Segment) -> float:
+    return epsilon(segments, DELTA)
+
+
+# --- The specification's numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("times", "expected"), [(1, 0.834), (4, 1.77), (16, 3.80), (50, 7.29), (200, 16.9)])
+def test_a_device_pays_for_its_own_participations(times: int, expected: float) -> None:
+    assert cost(segment(times=times)) == pytest.approx(expected, rel=4e-3)
+
+
+def test_the_noise_that_a_budget_needs() -> None:
+    assert calibrate(segment(times=200), 8.0, DELTA) == pytest.approx(9.234, abs=5e-4)
+    assert dpa.get_sigma_gaussian(8, DELTA) * math.sqrt(200) == pytest.approx(9.2339, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("n", "times", "z", "lane", "inflation", "gaussian", "skellam"),
+    [
+        (200, 50, 5, 12, 5.11, 7.29, 62.5),
+        (200, 50, 5, 14, 1.60, 7.29, 13.6),
+        (200, 50, 5, 16, 1.048, 7.29, 8.20),
+        (200, 50, 5, 21, 1.0001, 7.29, 7.77),
+        (200, 100, 10, 16, 1.18, 4.89, 6.30),
+        (200, 100, 10, 21, 1.0002, 4.89, 5.22),
+        (800, 50, 5, 16, 1.049, 7.29, 8.21),
+    ],
+)
+def test_skellam_against_the_table_of_lane_widths(
+    n: int, times: int, z: float, lane: int, inflation: float, gaussian: float, skellam: float
+) -> None:
+    dimension = 2**20
+    # The clip in levels that fits the lane with four standard deviations to spare.
+    norm = math.sqrt(((2**lane / 8) ** 2 - n / 4) / (n**2 / dimension + z**2))
+    clip = rounded_norm(norm, dimension)
+    assert clip / norm == pytest.approx(inflation, rel=4e-3)
+    assert cost(segment(z=z, times=times)) == pytest.approx(gaussian, rel=2e-3)
+    noisy = segment(Mechanism.SKELLAM, z=z * norm / clip, times=times, clip=clip, honest=n)
+    assert cost(noisy) == pytest.approx(skellam, rel=4e-3)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "band", "times", "independent", "banded"),
+    [
+        (128, 8, 16, 32.1, 14.4),
+        (256, 16, 16, 45.3, 15.4),
+        (256, 32, 8, 32.1, 9.0),
+        (512, 32, 16, 64.1, 16.5),
+        (512, 64, 8, 45.3, 9.6),
+    ],
+)
+def test_the_matrix_beats_independent_noise_as_the_table_says(
+    rounds: int, band: int, times: int, independent: float, banded: float
+) -> None:
+    assert prefix_rmse(rounds, 1) * math.sqrt(times) == pytest.approx(independent, rel=2e-3)
+    assert prefix_rmse(rounds, band) * math.sqrt(times * column_square(band)) == pytest.approx(banded, rel=5e-3)
+    noisy = segment(Mechanism.MATRIX, z=40.0, times=times, band=band, min_separation=band)
+    alone = dpa.get_epsilon_gaussian(40.0 / math.sqrt(times * column_square(band)), DELTA)
+    assert cost(noisy.full()) == pytest.approx(alone)
+
+
+# --- Against the library ----------------------------------------------------------------------------------------------
+
+
+def test_three_accountants_agree_on_a_gaussian_as_they_should() -> None:
+    event = dpa.SelfComposedDpEvent(dpa.GaussianDpEvent(5.0), 50)
+    exact = pld.PLDAccountant(neighboring_relation=RELATION).compose(event).get_epsilon(DELTA)
+    renyi = rdp.RdpAccountant(neighboring_relation=RELATION).compose(event).get_epsilon(DELTA)
+    assert cost(segment()) == pytest.approx(exact, rel=1e-3)
+    assert renyi == pytest.approx(7.766, abs=1e-3)
+    assert cost(segment()) < renyi
+
+
+def test_the_renyi_accountant_ignores_the_relation_and_the_other_does_not() -> None:
+    """Why the relation is fixed in one place, and accountants are never mixed."""
+
+    def of(accountant: Any, relation: Any) -> float:
+        return float(accountant(neighboring_relation=relation).compose(dpa.GaussianDpEvent(2.0)).get_epsilon(DELTA))
+
+    relations = dpa.NeighboringRelation
+    assert of(rdp.RdpAccountant, relations.REPLACE_ONE) == of(rdp.RdpAccountant, RELATION)
+    assert of(rdp.RdpAccountant, RELATION) == pytest.approx(2.419, abs=1e-3)
+    assert of(pld.PLDAccountant, RELATION) == pytest.approx(2.254, abs=1e-3)
+    assert of(pld.PLDAccountant, relations.REPLACE_ONE) == pytest.approx(4.887, abs=1e-3)
+
+
+def test_only_one_accountant_knows_what_skellam_noise_needs() -> None:
+    event = dpa.ZCDpEvent(rho=0.01, xi=0.0)
+    assert rdp.RdpAccountant(neighboring_relation=RELATION).supports(event)
+    assert not pld.PLDAccountant(neighboring_relation=RELATION).supports(event)
+    assert not rdp.RdpAccountant(neighboring_relation=RELATION).supports(dpa.PoissonSampledDpEvent(0.1, event))
+
+
+def test_an_event_that_the_library_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "_skellam", lambda *_: (dpa.UnsupportedDpEvent(), dpa.UnsupportedDpEvent()))
+    with pytest.raises(ConfigError, match="cannot account"):
+        cost(segment(Mechanism.SKELLAM))
+
+
+def test_without_the_library_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(accounting.importlib, "import_module", missing)
+    with pytest.raises(ConfigError, match=r"fleetfed\[privacy\]"):
+        cost(segment())
+    assert epsilon((), DELTA) == 0.0
+
+
+def test_nothing_claims_amplification() -> None:
+    """No event of sampling, of any kind, is named in the sources: membership is public here."""
+    forbidden = ("Sampled", "sampled", "amplif")
+    for path in (*(ROOT / "cloud_coordinator").rglob("*.py"), *(ROOT / "shared").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            names = [getattr(node, "attr", ""), getattr(node, "id", "")]
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                names += [alias.name for alias in node.names]
+            for name in names:
+                assert not ("DpEvent" in name and any(word in name for word in forbidden)), (path, name)
+
+
+# --- Properties -------------------------------------------------------------------------------------------------------
+
+
+@given(z=st.floats(0.5, 50), times=st.integers(1, 300), clip=st.floats(20, 1e5), mechanism=st.sampled_from(Mechanism))
+@settings(max_examples=40, deadline=None)
+def test_more_noise_costs_less_and_more_rounds_cost_more(
+    z: float, times: int, clip: float, mechanism: Mechanism
+) -> None:
+    one = segment(mechanism, z=z, times=times, clip=clip, dimension=1000)
+    assert cost(replace(one, noise_multiplier=1.2 * z)) < cost(one)
+    assert cost(replace(one, max_participations=times + 1, rounds=times + 1)) > cost(one)
+    if mechanism is not Mechanism.MATRIX:
+        # No discrete noise is cheaper than the continuous noise of its deviation.
+        assert cost(one) >= dpa.get_epsilon_gaussian(z / math.sqrt(times), DELTA) * (1 - 1e-9)
+
+
+@given(budget=st.floats(0.5, 20), times=st.integers(1, 100), mechanism=st.sampled_from(Mechanism))
+@settings(max_examples=20, deadline=None)
+def test_calibration_meets_the_budget_from_below(budget: float, times: int, mechanism: Mechanism) -> None:
+    one = segment(mechanism, times=times, clip=600.0, dimension=4000)
+    z = calibrate(one, budget, DELTA)
+    assert cost(replace(one, noise_multiplier=z)) <= budget
+    assert cost(replace(one, noise_multiplier=z * 0.995)) > budget
+
+
+def test_what_devices_say_of_their_clips_is_paid_for() -> None:
+    plain, asking = segment(z=5.0), segment(z=5.0, flag_noise=10.0)
+    # Andrew et al. 2021, theorem 1: 1 / z**2 = 1 / z_values**2 + 1 / (2 flag_noise)**2.
+    together = 1 / math.sqrt(1 / 25 + 1 / (20**2 - 6.25))
+    assert cost(plain) < cost(asking) == pytest.approx(dpa.get_epsilon_gaussian(together / math.sqrt(50), DELTA))
+    z = calibrate(asking, 8.0, DELTA)
+    assert z > calibrate(plain, 8.0, DELTA)
+    with pytest.raises(ConfigError, match="flag_noise"):
+        calibrate(segment(flag_noise=2.0, times=500), 1.0, DELTA)
+    shared = segment(Mechanism.SKELLAM, z=5.0, flag_noise=10.0)
+    assert cost(shared) > cost(segment(Mechanism.SKELLAM, z=5.0))
+
+
+# --- The account of a run ---------------------------------------------------------------------------------------------
+
+
+def test_rounds_cost_until_every_device_is_spent() -> None:
+    one = replace(segment(times=10), rounds=0)
+    account, costs = Account(), []
+    for _ in range(15):
+        account = account.after(one)
+        costs.append(account.epsilon(DELTA))
+    assert len(account.segments) == 1
+    assert costs[:10] == sorted(set(costs[:10]))
+    # No device takes part an eleventh time.
+    assert set(costs[10:]) == {costs[9]} == {cost(one.full())}
+
+
+def test_a_separation_lets_rounds_pass_for_nothing() -> None:
+    apart = replace(segment(times=10, min_separation=4), rounds=0)
+    account = Account()
+    spent = []
+    for _ in range(9):
+        account = account.after(apart)
+        spent.append(account.segments[0].participations)
+    assert spent == [1, 1, 1, 1, 2, 2, 2, 2, 3]
+
+
+def test_changed_settings_close_a_mechanism_and_their_costs_add_up() -> None:
+    first, second = segment(z=5.0), segment(z=4.0)
+    account = Account().after(first).after(first).after(second).after(first)
+    assert [each.rounds for each in account.segments] == [2, 1, 1]
+    precision = 3 / 25 + 1 / 16
+    assert account.epsilon(DELTA) == pytest.approx(dpa.get_epsilon_gaussian(1 / math.sqrt(precision), DELTA))
+    mixed = Account().after(first).after(segment(Mechanism.SKELLAM))
+    assert mixed.epsilon(DELTA) > Account().after(segment(Mechanism.SKELLAM)).epsilon(DELTA)

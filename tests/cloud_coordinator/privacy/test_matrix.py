@@ -1,0 +1,86 @@
+"""Correlated noise: what the band takes back, and that its state is kept and read as it was."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fleetfed.cloud_coordinator.privacy.matrix import (
+    MatrixState,
+    Vector,
+    add_noise,
+    coefficients,
+    column_square,
+    next_noise,
+    prefix_rmse,
+)
+from fleetfed.shared.errors import StorageError
+
+
+def run(rounds: int, *, band: int, sigma: float = 100.0, dimension: int = 4000) -> list[Vector]:
+    """The noise of so many rounds, each from the state that the one before left."""
+    state, made = MatrixState(mechanism="m"), []
+    for t in range(rounds):
+        state = MatrixState.decode(state.encode())
+        noise = next_noise(state.history, dimension=dimension, sigma=sigma, band=band, key=t.to_bytes(32, "big"))
+        state = MatrixState(mechanism="m", history=(noise, *state.history)[: band - 1])
+        made.append(noise)
+    return made
+
+
+def test_the_matrix_times_the_noise_is_fresh_noise() -> None:
+    band, noise = 4, run(12, band=4)
+    c = coefficients(band)
+    fresh = [sum(c[j] * noise[t - j] for j in range(min(band, t + 1))) for t in range(12)]
+    for t, vector in enumerate(fresh):
+        assert vector.std() == pytest.approx(100.0, rel=0.05)
+        for other in fresh[:t]:
+            assert abs(np.corrcoef(vector, other)[0, 1]) < 0.08
+
+
+@pytest.mark.parametrize("band", [1, 2, 8])
+def test_prefix_sums_deviate_as_the_formula_says(band: int) -> None:
+    prefix = np.cumsum(np.stack(run(16, band=band)), axis=0)
+    assert np.sqrt((prefix**2).mean()) == pytest.approx(100 * prefix_rmse(16, band), rel=0.05)
+
+
+def test_a_column_is_what_a_participation_costs() -> None:
+    assert coefficients(4) == [1.0, 0.5, 0.375, 0.3125]
+    assert column_square(1) == 1.0
+    assert column_square(3) == 1 + 0.25 + 0.375**2
+
+
+def test_two_participations_a_band_apart_meet_disjoint_rows() -> None:
+    """The sensitivity: the true matrix, any pattern that keeps the separation, never more than the formula."""
+    rounds, band = 24, 5
+    c = np.zeros((rounds, rounds))
+    for j, value in enumerate(coefficients(band)):
+        c += value * np.eye(rounds, k=-j)
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        at, pattern = int(rng.integers(0, 6)), []
+        while at < rounds:
+            pattern.append(at)
+            at += band + int(rng.integers(0, 4))
+        directions = rng.normal(size=(len(pattern), 7))
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+        x = np.zeros((rounds, 7))
+        x[pattern] = directions
+        assert np.linalg.norm(c @ x) ** 2 <= len(pattern) * column_square(band) + 1e-9
+
+
+def test_the_same_key_and_history_give_the_same_noise() -> None:
+    assert all(np.array_equal(a, b) for a, b in zip(run(6, band=3), run(6, band=3), strict=True))
+
+
+def test_noised_sums_are_whole_levels() -> None:
+    noise = run(1, band=2, dimension=50)[0]
+    noised = add_noise(np.arange(50), noise)
+    assert noised.dtype == np.int64
+    assert np.abs(noised - np.arange(50) - noise).max() <= 0.5
+
+
+def test_a_damaged_state_is_refused() -> None:
+    for data in (b"", b"\x93\x01\x02", b"\x93\x02\xa1m\x90", MatrixState(mechanism="m").encode()[:-1]):
+        with pytest.raises(StorageError):
+            MatrixState.decode(data)
