@@ -7,12 +7,15 @@ where a sum of own contributions becomes what leaves the gateway.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from fleetfed.gateway.events import CommitArrived
 from fleetfed.shared.aggregate.accumulator import Accumulator, Partial, Ring
+from fleetfed.shared.privacy.mechanism import add_gateway_noise
+from fleetfed.shared.secure.kdf import KEY_SIZE
 from fleetfed.shared.wire.envelope import Head, MessageId, parse_head
 from fleetfed.shared.wire.masking import NonceHash
 from fleetfed.shared.wire.messages import Reveal
@@ -89,15 +92,16 @@ class Summation(ABC):
     def release(self, own: Partial, members: Sequence[MessageId], source: Source) -> Partial:
         """What a sum of own contributions becomes before it leaves the gateway; asked once for each sum, in the worker.
 
-        Noise, and whatever else is due to own contributions alone, stands here and nowhere else. Nobody has seen what
-        this returned until it is durable: after a crash before that it may be another one.
+        Noise, and whatever else is due to own contributions alone, stands here and nowhere else; whoever overrides
+        this ends with it. Nobody has seen what it returned until it is durable: after a crash before that it may be
+        another one.
 
         Args:
             own: their exact sum.
             members: whose it is.
             source: holds their updates.
         """
-        return own
+        return add_gateway_noise(own, os.urandom(KEY_SIZE))
 
     # --- Common to all --------------------------------------------------------------------------------------------
 

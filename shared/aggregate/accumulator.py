@@ -39,25 +39,29 @@ class RingNoise:
 
     Attributes:
         each: standard deviation of what every contribution brings along.
-        whole: of what gateways add to all of the round's sums together.
+        released: of what a leaf gateway adds to each sum that it reveals.
+        sums: how many such sums a round has at most.
         adaptive: whether contributions say if they were beyond the clip.
-        each_flag, whole_flag: the same deviations for the sum of what they say.
+        each_flag, released_flag: the same deviations for the sum of what they say.
     """
 
     each: float = 0.0
-    whole: float = 0.0
+    released: float = 0.0
+    sums: int = 1
     adaptive: bool = False
     each_flag: float = 0.0
-    whole_flag: float = 0.0
+    released_flag: float = 0.0
 
     def slack(self, count: int) -> int:
         """How far the noise in ``count`` contributions' sum may carry a lane."""
-        return math.ceil(_HEADROOM * math.hypot(self.whole, self.each * math.sqrt(count)))
+        return self._room(self.each, self.released, count)
 
     def meta(self, count: int) -> PrivateMeta:
         """The meta words of up to ``count`` contributions."""
-        slack = math.ceil(_HEADROOM * math.hypot(self.whole_flag, self.each_flag * math.sqrt(count)))
-        return PrivateMeta(adaptive=self.adaptive, slack=slack)
+        return PrivateMeta(adaptive=self.adaptive, slack=self._room(self.each_flag, self.released_flag, count))
+
+    def _room(self, each: float, released: float, count: int) -> int:
+        return math.ceil(_HEADROOM * math.sqrt(each**2 * count + released**2 * self.sums))
 
 
 @dataclass(frozen=True, slots=True)

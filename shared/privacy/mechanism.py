@@ -70,14 +70,14 @@ def ring_noise(privacy: Privacy | None) -> RingNoise | None:
     if privacy is None:
         return None
     each, each_flag = device_sigma(privacy)
-    whole, whole_flag = gateway_sigma(privacy)
-    root = math.sqrt(privacy.sums)
+    released, released_flag = gateway_sigma(privacy)
     return RingNoise(
         each=each,
-        whole=whole * root,
+        released=released,
+        sums=privacy.sums,
         adaptive=privacy.flag_noise > 0,
         each_flag=each_flag,
-        whole_flag=whole_flag * root,
+        released_flag=released_flag,
     )
 
 
@@ -117,20 +117,21 @@ def check_privacy(plan: Plan) -> None:
         raise ValueError(f"flag_noise {privacy.flag_noise:g}; from {LEAST_SIGMA / 2:g} on it can be accounted for")
 
 
-def add_gateway_noise(partial: Partial, privacy: Privacy, key: bytes) -> Partial:
+def add_gateway_noise(partial: Partial, key: bytes) -> Partial:
     """Return a sum with a leaf gateway's noise in it, masked or not; the same where the mechanism adds none here.
 
     Args:
-        partial: not to be shown to anybody without the noise.
-        privacy: of the plan.
+        partial: not to be shown to anybody without the noise; its ring says how much.
         key: 32 unpredictable bytes, used for this one sum and then forgotten. If the noised sum is not durable yet when
             the gateway dies, another one with another key is as good: nobody has seen the first.
     """
-    sigma, said = gateway_sigma(privacy)
-    if not sigma:
+    ring = partial.ring
+    if ring.noise is None or not ring.noise.released:
         return partial
-    words = partial.words + _words(partial.ring, gaussian(partial.ring.layout.dimension, sigma, key), said, key)
-    return Partial(partial.ring, words, partial.count)
+    values = _wrap(gaussian(ring.layout.dimension, ring.noise.released, key), ring.layout)
+    words = ring.layout.pack(values, ring.meta.shift(0, gaussian_flag(ring.noise.released_flag, key)))
+    words += partial.words
+    return Partial(ring, words, partial.count)
 
 
 def add_device_noise(values: Values, meta: Words, ring: Ring, privacy: Privacy, key: bytes) -> tuple[Integers, Words]:
@@ -162,10 +163,6 @@ def gaussian(count: int, sigma: float, key: bytes) -> Integers:
 def gaussian_flag(sigma: float, key: bytes) -> int:
     """The noise on the sum of what devices say of their clips; 0 for sigma 0."""
     return int(noise.discrete_gaussian(1, sigma, derive(key, Label.NOISE, b"flag"))[0]) if sigma else 0
-
-
-def _words(ring: Ring, values: Integers, said: float, key: bytes) -> Words:
-    return ring.layout.pack(_wrap(values, ring.layout), ring.meta.shift(0, gaussian_flag(said, key)))
 
 
 def _wrap(values: Integers, layout: LaneLayout) -> Integers:

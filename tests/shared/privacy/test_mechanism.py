@@ -112,7 +112,7 @@ def test_noised_sums_pass_every_check_and_hold_sum_plus_noise(seed: int, devices
             values = rng.integers(-127, 128, 1000)
             exact += values
             leaf.accumulate(values, ring.meta.encode_private(beyond=bool(rng.random() < 0.5)))
-        noised = add_gateway_noise(leaf.report(), private, rng.bytes(32))
+        noised = add_gateway_noise(leaf.report(), rng.bytes(32))
         top.merge(decode_words(encode_words(noised), ring, count=devices))
     total = top.report()
     meta = check_partial(total)
@@ -130,8 +130,8 @@ def test_noise_goes_into_masked_words_as_into_plain_ones() -> None:
     ring = ring_of(private)
     mask = np.random.default_rng(1).integers(0, 2**64, ring.layout.n_words, dtype=np.uint64)
     words = ring.layout.pack(np.full(1000, 5, dtype=np.int64), ring.meta.encode_private(beyond=False))
-    plain = add_gateway_noise(Partial(ring, words, 1), private, b"k" * 32)
-    masked = add_gateway_noise(Partial(ring, words + mask, 1), private, b"k" * 32)
+    plain = add_gateway_noise(Partial(ring, words, 1), b"k" * 32)
+    masked = add_gateway_noise(Partial(ring, words + mask, 1), b"k" * 32)
     assert np.array_equal(masked.words - mask, plain.words)
     assert not np.array_equal(plain.words, words)
 
