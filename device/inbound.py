@@ -16,6 +16,7 @@ from fleetfed.device.events import (
     Verdict,
 )
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
+from fleetfed.shared.privacy.mechanism import check_privacy
 from fleetfed.shared.trust.certificates import Certificate, Role
 from fleetfed.shared.trust.verifier import Verifier
 from fleetfed.shared.wire import codec, limits
@@ -128,6 +129,7 @@ class Inbound:
         floor = self._verifier.policy.privacy
         try:
             self._verifier.check_plan(plan, now=now)
+            _check_privacy(plan)
             return Verdict(helper_key=self._split_keys(plan, now), floor=floor)
         except RemoteProtocolError as error:
             return Verdict(reason=error.reason, detail=error.detail, floor=floor)
@@ -155,7 +157,8 @@ class Inbound:
         except RemoteProtocolError as error:
             raise RemoteProtocolError(error.reason, f"the helper's key: {error}") from error
         if word.helper != certificate.id:
-            raise RemoteProtocolError(RejectReason.WRONG_SENDER, f"{certificate.id} signs the key of {word.helper}")
+            detail = f"helper {certificate.id} signs the key of {word.helper}"
+            raise RemoteProtocolError(RejectReason.WRONG_SENDER, detail)
         _check_key(word.seal_key, "HELPER")
         return word.seal_key
 
@@ -164,6 +167,18 @@ class Inbound:
         if certificate.role is Role.GATEWAY and certificate.site != self._own.site:
             raise RemoteProtocolError(RejectReason.WRONG_SITE, f"a receipt of the gateway of {certificate.site}")
         return ReceiptArrived(receipt)
+
+
+def _check_privacy(plan: Plan) -> None:
+    """Refuse a plan whose promise of differential privacy cannot be what it says, before anything is spent for it.
+
+    Raises:
+        RemoteProtocolError: `WRONG_SHAPE`.
+    """
+    try:
+        check_privacy(plan)
+    except ValueError as error:
+        raise RemoteProtocolError(RejectReason.WRONG_SHAPE, str(error)) from error
 
 
 def _check_key(public_key: bytes, whose: Whose) -> None:

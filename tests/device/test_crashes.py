@@ -1,7 +1,10 @@
 """The device dies at every single step that its disk takes during two rounds, and goes on after a restart.
 
 A broker in memory keeps what is retained and hands it over when the device subscribes; gateway and coordinator sign for
-real. Failure: two different updates for one plan; a restart that cannot go on; a model that is not the published one.
+real. The rounds are plain, or masked and noisy.
+
+Failure: two different updates for one plan; a restart that cannot go on; a model that is not the published one; an
+update that the privacy ledger on disk does not know.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import queue
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,13 @@ import numpy as np
 import pytest
 from fleetfed_testing.fragile_disk import FragileDisk, PowerCutError
 from fleetfed_testing.lone_gateway import Authority, manifest_of, plan_for, signer_of
+from fleetfed_testing.split_site import SplitSite
 
 from fleetfed.cloud_coordinator import zoo
 from fleetfed.device import runtime as device_runtime
 from fleetfed.device.config import DeviceConfig, DeviceEndpoint
+from fleetfed.device.disk import Disk
+from fleetfed.device.ledger import Account, Ledger
 from fleetfed.device.mqtt import Connected, PublishDone, Received
 from fleetfed.device.runtime import DeviceRuntime
 from fleetfed.device.store import Store
@@ -33,7 +40,8 @@ from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.wire.blobs import publishable
 from fleetfed.shared.wire.chunks import Assembler
 from fleetfed.shared.wire.envelope import MessageKind
-from fleetfed.shared.wire.messages import Outcome, PatchRef, Receipt, RoundEnd
+from fleetfed.shared.wire.messages import Outcome, PatchRef, Quantization, Receipt, RoundEnd, Weighting
+from fleetfed.shared.wire.privacy import Mechanism, Privacy
 from fleetfed.shared.wire.topics import Broadcast, Kind, SiteTopics, Verb
 
 MODEL = zoo.load("digits", seed=1)
@@ -42,6 +50,11 @@ AUTHORITY = Authority()
 DEVICE = AUTHORITY.member(Role.DEVICE, "d-1")
 COORDINATOR = signer_of(AUTHORITY.member(Role.COORDINATOR, "coordinator", "_"))
 GATEWAY = signer_of(AUTHORITY.member(Role.GATEWAY, "g-north"))
+MASKED = SplitSite(AUTHORITY)
+UNIFORM = Quantization(bits=4, lane_bits=16, clips=(0.05,) * len(CARD.tensors), weight_cap=1)
+NOISY = Privacy(
+    mechanism=Mechanism.CENTRAL, clip=100.0, noise_multiplier=1.0, max_participations=2, epsilon=1.0, delta=1e-6
+)
 TOPICS = SiteTopics(fleet="demo", site="north")
 
 
@@ -63,6 +76,8 @@ class World:
         self.retained: dict[str, bytes] = {}
         self.updates: dict[int, list[bytes]] = {}
         self.session: FakeSession | None = None
+        self.ledger: Callable[[], Account] | None = None
+        self.known: list[tuple[int, Account]] = []
 
     def publish(self, topic: str, payload: bytes) -> None:
         self.retained[topic] = payload
@@ -76,6 +91,8 @@ class World:
         if whole is None or self.session is None:
             return
         head, body = whole
+        if self.ledger is not None:
+            self.known.append((head.header.round, self.ledger()))
         self.updates.setdefault(head.header.round, []).append(head.encode() + bytes(body))
         receipt = Receipt(message_id=head.header.message_id, head=head.hash)
         message = GATEWAY.sign(MessageKind.RECEIPT, receipt, now=unix_ms())
@@ -123,8 +140,9 @@ class FakeSession:
 
 
 @functools.cache
-def messages() -> tuple[Any, ...]:
+def messages(masked: bool) -> tuple[Any, ...]:
     """Two versions, the patch between them, a plan for each."""
+    changes = MASKED.changes(privacy=NOISY, weighting=Weighting.UNIFORM, quantization=UNIFORM) if masked else {}
     one, blobs = manifest_of(MODEL.data, CARD, version=1, sha256=hashlib.sha256(MODEL.data).digest())
     made = make_patch(MODEL.data, np.full(CARD.parameters, 0.01), CARD.table)
     blob = publishable(made.patch)
@@ -136,7 +154,7 @@ def messages() -> tuple[Any, ...]:
         blob=blob.ref,
     )
     two, more = manifest_of(made.file, CARD, version=2, sha256=made.target_sha256, patches=((patch, blob),))
-    return one, blobs, plan_for(CARD, one, round_=1), two, more, plan_for(CARD, two, round_=2)
+    return one, blobs, plan_for(CARD, one, round_=1, **changes), two, more, plan_for(CARD, two, round_=2, **changes)
 
 
 def announce(world: World, blobs: Any, manifest: Any, plan: Any) -> Any:
@@ -147,6 +165,9 @@ def announce(world: World, blobs: Any, manifest: Any, plan: Any) -> Any:
     world.publish(TOPICS.broadcast(Broadcast.MODEL), signed.encode())
     message = COORDINATOR.sign(MessageKind.PLAN, plan, now=unix_ms(), round=plan.round, lifetime=60_000)
     world.publish(TOPICS.broadcast(Broadcast.PLAN), message.encode())
+    if plan.split is not None:
+        cosign = MASKED.cosign(plan, message.head.hash, GATEWAY)
+        world.publish(TOPICS.broadcast(Broadcast.COSIGN), cosign.encode())
     return message.head.hash
 
 
@@ -206,10 +227,12 @@ def accepted(round_: int) -> Any:
     return condition
 
 
-def live(directory: Path, cut: int, *, lossy: bool) -> Life:
+def live(directory: Path, cut: int, *, lossy: bool, masked: bool) -> Life:
     """Two rounds, with the death at step ``cut``; everything that must hold is checked."""
-    one, blobs, first, two, more, second = messages()
+    one, blobs, first, two, more, second = messages(masked)
     world = FakeSession.world = World()
+    # Read anew for every update that arrives: from the disk, as a restart would.
+    world.ledger = lambda: Ledger(directory / "state" / "ledger", disk=Disk(), spent=0).account("demo")
     life = Life(directory, world)
     plan_hash = announce(world, blobs, one, first)
     life.until(accepted(1), cut, lossy=lossy)
@@ -222,10 +245,16 @@ def live(directory: Path, cut: int, *, lossy: bool) -> Life:
     held = life.runtime._machine.sync.models[0]
     assert held.version == 2
     assert hashlib.sha256(life._store.model_path(held).read_bytes()).digest() == two.sha256
-    assert life._store.residual(CARD.layout) is not None
+    assert masked or life._store.residual(CARD.layout) is not None
     for round_, seen in world.updates.items():
         assert len(set(seen)) == 1, f"{len(set(seen))} different updates in round {round_}"
     assert set(world.updates) == {1, 2}
+    account = life._store.account("demo")
+    assert account.participations == (2 if masked else 0)
+    for round_, known in world.known:
+        assert known.last_round == (round_ if masked else 0), "an update was sent before it was debited"
+        assert known.participations == (round_ if masked else 0)
+    assert (life._store.directory / "hedge").exists() is masked
     status = life.runtime._status._rejected.snapshot()
     assert status == {}, status
     steps = life.disk.steps
@@ -239,14 +268,15 @@ def world_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_runtime, "DeviceSession", FakeSession)
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("lossy", [False, True])
-def test_death_at_every_step(tmp_path: Path, lossy: bool) -> None:
-    whole = live(tmp_path / "whole", -1, lossy=lossy)
+def test_death_at_every_step(tmp_path: Path, lossy: bool, masked: bool) -> None:
+    whole = live(tmp_path / "whole", -1, lossy=lossy, masked=masked)
     assert whole.deaths == 1
     steps = whole.disk.steps
     assert steps > 60
     for cut in range(steps):
-        life = live(tmp_path / str(cut), cut, lossy=lossy)
+        life = live(tmp_path / str(cut), cut, lossy=lossy, masked=masked)
         assert life.deaths == 2, f"step {cut} was not reached"
 
 

@@ -1,0 +1,173 @@
+"""The privacy ledger's file: whole or not there, never fewer than were made, never quietly new."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+from fleetfed_testing.device_driver import hash_of, plan
+from fleetfed_testing.fragile_disk import FragileDisk, PowerCutError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetfed.device.disk import Disk
+from fleetfed.device.ledger import Account, Ledger
+from fleetfed.device.store import Store
+from fleetfed.shared.errors import LocalProtocolError, StorageError
+from fleetfed.shared.trust.policy import PrivacyFloor
+from fleetfed.shared.wire.privacy import Mechanism, Privacy
+
+
+def noisy(most: int, apart: int = 1) -> Privacy:
+    return Privacy(
+        mechanism=Mechanism.SKELLAM,
+        clip=10.0,
+        noise_multiplier=1.0,
+        max_participations=most,
+        min_separation=apart,
+        epsilon=1.0,
+        delta=1e-6,
+    )
+
+
+def take_part(store: Store, round_: int, fleet: str = "demo") -> None:
+    made = plan(round_, privacy=noisy(100))
+    store.debit(fleet, store.account(fleet).debited(made, hash_of(round_), None))
+
+
+def test_what_is_spent_is_there_after_a_restart_and_per_fleet(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    take_part(store, 3)
+    take_part(store, 5)
+    take_part(store, 4, "other")
+    store.close()
+    again = Store(tmp_path)
+    assert again.account("demo") == Account(participations=2, last_round=5, last_plan=hash_of(5), most=100)
+    assert again.account("other").participations == 1
+    assert again.account("third") == Account()
+    again.close()
+    assert stat.S_IMODE((tmp_path / "ledger").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "empty"])
+def test_a_damaged_ledger_stops_the_device_and_is_not_replaced(tmp_path: Path, how: str) -> None:
+    store = Store(tmp_path)
+    take_part(store, 1)
+    store.close()
+    path = tmp_path / "ledger"
+    raw = path.read_bytes()
+    path.write_bytes({"flipped": raw[:9] + bytes([raw[9] ^ 1]) + raw[10:], "cut": raw[:-1], "empty": b""}[how])
+    before = path.read_bytes()
+    with pytest.raises(StorageError, match=r"privacy ledger is damaged.*new identity"):
+        Store(tmp_path)
+    assert path.read_bytes() == before
+    path.write_bytes(raw)
+    Store(tmp_path).close()
+
+
+def test_a_ledger_that_is_gone_or_older_stops_the_device(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    take_part(store, 1)
+    older = (tmp_path / "ledger").read_bytes()
+    take_part(store, 2)
+    store.close()
+    (tmp_path / "ledger").unlink()
+    with pytest.raises(StorageError, match=r"with 0 participations where 2 were made.*new identity"):
+        Store(tmp_path)
+    assert not (tmp_path / "ledger").exists()
+    (tmp_path / "ledger").write_bytes(older)
+    with pytest.raises(StorageError, match="with 1 participations where 2 were made"):
+        Store(tmp_path)
+
+
+def test_a_folder_that_never_spent_anything_begins_with_an_empty_ledger(tmp_path: Path) -> None:
+    """Also one of a program that knew no ledger."""
+    store = Store(tmp_path)
+    store.raise_floor(7)
+    store.close()
+    again = Store(tmp_path)
+    assert again.account("demo") == Account()
+    assert not (tmp_path / "ledger").exists()
+    again.close()
+
+
+def test_what_is_spent_is_never_given_back(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger", disk=Disk(), spent=0)
+    ledger.keep("demo", Account(participations=2, last_round=5))
+    for less in (Account(participations=1, last_round=6), Account(participations=2, last_round=4)):
+        with pytest.raises(LocalProtocolError):
+            ledger.keep("demo", less)
+    assert ledger.account("demo").participations == 2
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_a_power_cut_at_every_step_of_a_debit(tmp_path: Path, lossy: bool) -> None:
+    """Before or after; and whatever was there before the cut is there again."""
+    steps = FragileDisk(lossy=lossy)
+    whole = Store(tmp_path / "whole", disk=steps)
+    take_part(whole, 1)
+    first = steps.steps
+    take_part(whole, 2)
+    whole.close()
+    seen = set()
+    for cut in range(first, steps.steps):
+        directory = tmp_path / str(cut)
+        store = Store(directory, disk=FragileDisk(cut, lossy=lossy))
+        take_part(store, 1)
+        with pytest.raises(PowerCutError):
+            take_part(store, 2)
+        store.close()
+        again = Store(directory)
+        account = again.account("demo")
+        seen.add(account.participations)
+        if account.participations == 1:
+            take_part(again, 2)
+        assert again.account("demo").participations == 2
+        assert again.account("demo").last_plan == hash_of(2)
+        again.close()
+        assert not list(directory.glob("*.new"))
+    assert seen == {1, 2}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    asks=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 5), st.integers(1, 5)), max_size=40),
+    floor=st.none() | st.builds(PrivacyFloor, max_participations=st.integers(1, 5), min_separation=st.integers(1, 5)),
+)
+def test_an_account_never_goes_beyond_what_any_plan_and_the_policy_allow(
+    asks: list[tuple[int, int, int]], floor: PrivacyFloor | None
+) -> None:
+    account, rounds = Account(), []
+    for round_, most, apart in asks:
+        asked = plan(round_, privacy=noisy(most, apart))
+        if account.refusal(asked, hash_of(round_), floor) is not None:
+            continue
+        again = account.last_plan == hash_of(round_)
+        account = account.debited(asked, hash_of(round_), floor)
+        if again:
+            continue
+        if floor is not None:
+            most, apart = min(most, floor.max_participations), max(apart, floor.min_separation)
+        assert account.participations == len(rounds) + 1 <= most
+        assert not rounds or round_ - rounds[-1] >= apart
+        rounds.append(round_)
+
+
+def test_the_hedge_secret_is_made_once(tmp_path: Path) -> None:
+    store = Store(tmp_path / "a")
+    secret = store.hedge()
+    assert len(secret) == 32
+    assert store.hedge() == secret
+    store.close()
+    again = Store(tmp_path / "a")
+    assert again.hedge() == secret
+    path = tmp_path / "a" / "hedge"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.write_bytes(secret[:-1])
+    with pytest.raises(StorageError, match="delete it"):
+        again.hedge()
+    again.close()
+    other = Store(tmp_path / "b")
+    assert other.hedge() != secret
+    other.close()
