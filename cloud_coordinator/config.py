@@ -38,6 +38,7 @@ from typing import Annotated
 
 from fleetfed.cloud_coordinator.training.clips import ClipConfig
 from fleetfed.cloud_coordinator.training.optimizers import OptimizerConfig
+from fleetfed.cloud_coordinator.training.robust import Robust
 from fleetfed.shared import config
 from fleetfed.shared.aggregate.lanes import choose_lane_bits
 from fleetfed.shared.dataset import DataConfig
@@ -48,7 +49,7 @@ from fleetfed.shared.mqtt.endpoint import Endpoint
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.codec import Length, Range
 from fleetfed.shared.wire.fields import Fraction
-from fleetfed.shared.wire.messages import Training, Weighting
+from fleetfed.shared.wire.messages import Mode, Training, Weighting
 
 Seconds = Annotated[float, Range(0.0, 30 * 86400.0)]
 
@@ -71,6 +72,16 @@ class RoundSettings:
         weight_cap: examples beyond which a device weighs no more.
         error_feedback: whether devices carry over what quantization lost.
         training: what devices do with their data.
+        mode: ``plain``, or ``split``: masked updates, which neither gateway nor coordinator can read (docs/privacy.md).
+        minimum_cohort: in split mode, fewest contributors to any sum that is revealed.
+        minimum_owners: in split mode, fewest distinct owners among a site's contributors.
+        bucket: in split mode, contributors to each of several sums per site, so that a garbage update costs its bucket
+            alone; 0 reveals one sum.
+        seed_holders: in split mode, 2 seals a second mask seed to the helper, without which rounds then wait.
+        robust: how the means of buckets become one step: ``none`` adds everything, ``trimmed_mean``,
+            ``geometric_median``.
+        trim: for ``trimmed_mean``, the part of the buckets to leave out at either end.
+        iterations: for ``geometric_median``.
     """
 
     rounds: Annotated[int, Range(0, 1_000_000)] = 0
@@ -89,6 +100,14 @@ class RoundSettings:
     weight_cap: Annotated[int, Range(1, 2**31 - 1)] = 1000
     error_feedback: bool = False
     training: Training = field(default_factory=Training)
+    mode: Mode = Mode.PLAIN
+    minimum_cohort: Annotated[int, Range(2, limits.MAX_COHORT)] = 5
+    minimum_owners: Annotated[int, Range(1, limits.MAX_COHORT)] = 1
+    bucket: Annotated[int, Range(0, limits.MAX_COHORT)] = 0
+    seed_holders: Annotated[int, Range(1, 2)] = 1
+    robust: Robust = Robust.NONE
+    trim: Annotated[float, Range(0.0, 0.5)] = 0.2
+    iterations: Annotated[int, Range(1, 1000)] = 50
 
     def __post_init__(self) -> None:
         if self.expires <= self.deadline:
@@ -98,6 +117,45 @@ class RoundSettings:
             )
         if self.quorum_minimum > self.cohort_cap:
             raise ConfigError(f"quorum_minimum {self.quorum_minimum} is more than cohort_cap {self.cohort_cap}")
+        if self.mode is Mode.SPLIT:
+            self._check_split()
+        else:
+            for name, given in (
+                ("bucket", self.bucket > 0),
+                ("seed_holders", self.seed_holders > 1),
+                ("robust", self.robust is not Robust.NONE),
+            ):
+                if given:
+                    raise ConfigError(f"{name} is for split mode: leave it out, or set mode = 'split'")
+
+    def _check_split(self) -> None:
+        if self.minimum_cohort > self.cohort_cap:
+            raise ConfigError(
+                f"minimum_cohort {self.minimum_cohort} is more than cohort_cap {self.cohort_cap}: no sum could ever be "
+                "revealed; raise cohort_cap"
+            )
+        if self.minimum_owners > self.minimum_cohort:
+            raise ConfigError(
+                f"minimum_owners {self.minimum_owners} is more than minimum_cohort {self.minimum_cohort}: a cohort "
+                "cannot have more owners than members; raise minimum_cohort"
+            )
+        if 0 < self.bucket < self.minimum_cohort:
+            raise ConfigError(
+                f"bucket {self.bucket} is less than minimum_cohort {self.minimum_cohort}: every bucket is a sum that "
+                "is revealed; raise bucket, or set 0 for one sum"
+            )
+        if self.bucket > self.cohort_cap:
+            raise ConfigError(f"bucket {self.bucket} is more than cohort_cap {self.cohort_cap}; lower bucket")
+        if self.robust is not Robust.NONE and not self.bucket:
+            raise ConfigError(
+                f"robust = '{self.robust}' compares the sums of buckets, and there are none: set bucket, to at least "
+                f"{self.minimum_cohort}"
+            )
+
+    @property
+    def needs_helper(self) -> bool:
+        """Whether a round waits for the helper's key."""
+        return self.mode is Mode.SPLIT and self.seed_holders == 2
 
     @property
     def plan_weight_cap(self) -> int:

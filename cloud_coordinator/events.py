@@ -23,17 +23,20 @@ class Member:
     """One verified head of an update.
 
     Attributes:
-        device, site: from its certificate.
+        device, site, owner: from its certificate.
         message_id: names the update.
         head: hash of the head.
         size: bytes of the update as it was sent.
+        seed: hash of its mask's seed, in split mode; never stored.
     """
 
     device: str
     site: str
+    owner: str = ""
     message_id: MessageId
     head: Digest
     size: int
+    seed: bytes = field(default=b"", repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +71,13 @@ class FleetChanged:
         gateways: direct gateways that are ready.
         stopped: direct gateways that stopped for good.
         devices: devices that are ready or asleep, in all their subtrees.
+        helper: whether a helper is there, with a key.
     """
 
     gateways: frozenset[str]
     stopped: frozenset[str] = frozenset()
     devices: int
+    helper: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,19 @@ class RoundOpened:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRefused:
+    """The round that `OpenRound` asked for cannot be opened.
+
+    Attributes:
+        reason: what an operator should know and do.
+        passing: whether it may be possible later without anybody's doing.
+    """
+
+    reason: str
+    passing: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProposalVerified:
     """A gateway's proposal, each of its heads verified.
 
@@ -116,6 +134,7 @@ class ProposalVerified:
         plan: the plan that it names.
         members: good heads, in the proposal's order.
         excluded: hash of each bad head (hex) to its reason.
+        sites: hash of each bad head (hex) that its leaf gateway may have admitted in good faith, to its site.
         declined, rejected: what the subtree counted, by reason.
     """
 
@@ -123,6 +142,7 @@ class ProposalVerified:
     plan: Digest
     members: tuple[Member, ...]
     excluded: dict[str, RejectReason] = field(default_factory=dict)
+    sites: dict[str, str] = field(default_factory=dict)
     declined: dict[str, int] = field(default_factory=dict)
     rejected: dict[str, int] = field(default_factory=dict)
 
@@ -137,12 +157,22 @@ class CommitStored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RevealVerified:
-    """A gateway's partial, its sum checked against its own count."""
+    """A gateway's partial, its sums checked against their own counts.
+
+    Attributes:
+        message: the reveal.
+        plan, commit: that it names.
+        count: contributors that it says.
+        lost: of these, contributors whose bucket was dropped.
+        failed: why none of it counts although it answers the commit; None for a good one.
+    """
 
     message: Named
     plan: Digest
     commit: Digest
     count: int
+    lost: int = 0
+    failed: RejectReason | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +195,7 @@ class StepFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenRound:
-    """Sign and store a plan; answer with `RoundOpened`.
+    """Sign and store a plan; answer with `RoundOpened` or `OpenRefused`.
 
     Attributes:
         number: of the round.
@@ -279,6 +309,7 @@ Event = (
     | ResumeRequested
     | AbortRequested
     | RoundOpened
+    | OpenRefused
     | ProposalVerified
     | CommitStored
     | RevealVerified

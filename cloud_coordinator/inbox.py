@@ -12,21 +12,26 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
 from fleetfed.cloud_coordinator.events import Named, ProposalVerified, RevealVerified
-from fleetfed.cloud_coordinator.proposals import THREAD_FROM, PlanInForce, verify_heads
+from fleetfed.cloud_coordinator.proposals import THREAD_FROM, PlanInForce, verify_proposal
 from fleetfed.cloud_coordinator.service import Coordinator
 from fleetfed.shared.aggregate.accumulator import decode_words, max_words_body
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.chunks import Assembler, parse_chunk
 from fleetfed.shared.wire.envelope import Digest, Head, MessageKind, open_body, parse_head
-from fleetfed.shared.wire.messages import Census, Need, Presence, Proposal, Reveal, max_proposal
+from fleetfed.shared.wire.masking import MaskSums
+from fleetfed.shared.wire.messages import Census, Life, Need, Presence, Proposal, Reveal, max_proposal
 from fleetfed.shared.wire.topics import CLOUD_SITE, Direction, Kind, MemberTopic, Verb, parse
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_KINDS: Final = {Verb.PROPOSE: MessageKind.PROPOSE, Verb.REVEAL: MessageKind.REVEAL}
+_KINDS: Final = {
+    Verb.PROPOSE: MessageKind.PROPOSE,
+    Verb.REVEAL: MessageKind.REVEAL,
+    Verb.MASKS: MessageKind.MASK_SUMS,
+}
 _THREAD_FROM_BYTES: Final = 256 * limits.KIB
 """Bytes of a body from which decoding is worth a thread."""
 _MAX_ASSEMBLERS: Final = 10_000
@@ -51,7 +56,11 @@ class Inbox:
         """The filters that the coordinator listens to."""
         topics = self._coordinator.topics
         verbs = (Verb.STATE, Verb.CENSUS, Verb.PROPOSE, Verb.REVEAL, Verb.NEED)
-        return [topics.all_up(Kind.OPERATOR, Verb.REQUEST), *(topics.all_up(Kind.GATEWAY, verb) for verb in verbs)]
+        return [
+            topics.all_up(Kind.OPERATOR, Verb.REQUEST),
+            *(topics.all_up(Kind.HELPER, verb) for verb in (Verb.STATE, Verb.KEY, Verb.MASKS)),
+            *(topics.all_up(Kind.GATEWAY, verb) for verb in verbs),
+        ]
 
     async def message(self, topic: str, payload: bytes) -> None:
         """Take one packet; returns when all that follows from it is durable."""
@@ -81,10 +90,26 @@ class Inbox:
                 _log.info("%s: asked for %d chunks, %d published again", member, len(need.missing), count)
             case Kind.GATEWAY, (Verb.PROPOSE | Verb.REVEAL):
                 await self._chunk(member, topic.verb, payload)
+            case Kind.HELPER, Verb.STATE:
+                self._helper(member, payload)
+            case Kind.HELPER, Verb.KEY:
+                if coordinator.helpers.key(member, payload, now=coordinator.clock()):
+                    coordinator.fleet_changed()
+            case Kind.HELPER, Verb.MASKS:
+                await self._chunk(member, topic.verb, payload)
             case Kind.OPERATOR, Verb.REQUEST:
                 await self._control(member, payload)
             case _:
                 raise RemoteProtocolError(RejectReason.MALFORMED, f"{topic.kind.name} says {topic.verb.name}")
+
+    def _helper(self, helper: str, payload: bytes) -> None:
+        coordinator = self._coordinator
+        presence = codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE) if payload else None
+        if not coordinator.helpers.presence(helper, presence):
+            return
+        if presence is not None and presence.life is Life.READY:
+            coordinator.reveals.helper_is_back(coordinator.clock())
+        coordinator.fleet_changed()
 
     def _census(self, gateway: str, payload: bytes) -> None:
         if not payload:
@@ -108,14 +133,18 @@ class Inbox:
             if complete is None:
                 return
             head, body = complete
-            if verb is Verb.PROPOSE:
-                await self._propose(gateway, head, body)
-            else:
-                await self._reveal(gateway, head, body)
+            match verb:
+                case Verb.PROPOSE:
+                    await self._propose(gateway, head, body)
+                case Verb.REVEAL:
+                    await self._reveal(gateway, head, body)
+                case _:
+                    await self._masks(gateway, head, body)
         except RemoteProtocolError as error:
             if head is None:
                 raise
-            self._coordinator.refuse(_named(gateway, head), error.reason, error.detail)
+            kind = Kind.HELPER if verb is Verb.MASKS else Kind.GATEWAY
+            self._coordinator.refuse(_named(gateway, head), error.reason, error.detail, kind=kind)
 
     def _answered(self, gateway: str, verb: Verb, head: Head) -> bool:
         """Answer a message that was answered before; return whether it was."""
@@ -147,10 +176,22 @@ class Inbox:
         coordinator = self._coordinator
         coordinator.verifier.head(head, kind=_KINDS[verb], now=coordinator.clock(), sender=gateway)
         current = self._open(head)
-        cap = current.plan.quorum.cohort_cap
-        most = max_words_body(current.ring, cap) + _REVEAL_OVERHEAD if verb is Verb.REVEAL else max_proposal(cap)
+        most = self._most(gateway, verb, current)
         if head.header.raw_size > most:
             raise RemoteProtocolError(RejectReason.TOO_LARGE, f"{head.header.raw_size} bytes, at most {most}")
+
+    def _most(self, sender: str, verb: Verb, current: PlanInForce) -> int:
+        """Bytes that a message's body may have once decompressed."""
+        cap, reveals = current.plan.quorum.cohort_cap, self._coordinator.reveals
+        match verb:
+            case Verb.PROPOSE:
+                return max_proposal(cap)
+            case Verb.MASKS:
+                return reveals.most_masks(sender, current)
+            case _ if current.plan.split is not None:
+                return reveals.most_words(sender, current, current.plan.split)
+            case _:
+                return max_words_body(current.ring, cap) + _REVEAL_OVERHEAD
 
     def _open(self, head: Head) -> PlanInForce:
         """The plan of the open round, which the message must belong to."""
@@ -172,12 +213,13 @@ class Inbox:
         now = coordinator.clock()
 
         def verify() -> ProposalVerified:
-            members, excluded = verify_heads(proposal.heads, current=current, verifier=coordinator.verifier, now=now)
+            found = verify_proposal(proposal, current=current, verifier=coordinator.verifier, now=now)
             return ProposalVerified(
                 message=_named(gateway, head),
                 plan=current.hash,
-                members=members,
-                excluded=excluded,
+                members=found.members,
+                excluded=found.excluded,
+                sites=found.sites,
                 declined=proposal.declined,
                 rejected=proposal.rejected,
             )
@@ -200,11 +242,19 @@ class Inbox:
         reason = round_.judge_reveal(event)
         if reason is not None:
             raise RemoteProtocolError(reason, "the reveal does not answer the commit")
+        if current.plan.split is not None:
+            await coordinator.reveals.take(event, reveal, current, current.plan.split)
+            return
         if len(reveal.words) < _THREAD_FROM_BYTES:
             partial = decode_words(reveal.words, current.ring, count=reveal.count)
         else:
             partial = await asyncio.to_thread(decode_words, reveal.words, current.ring, count=reveal.count)
-        coordinator.revealed(event, reveal.words, partial)
+        coordinator.revealed_plain(event, reveal.words, partial)
+
+    async def _masks(self, helper: str, head: Head, body: memoryview) -> None:
+        current = self._open(head)
+        answer = await _decode(MaskSums, head, body)
+        await self._coordinator.reveals.masks(_named(helper, head), answer, current)
 
 
 def _named(gateway: str, head: Head) -> Named:

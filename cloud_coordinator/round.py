@@ -6,17 +6,48 @@ Rules:
 - a device is in the round once, over all gateways; the first proposal that names it has it;
 - a reveal must answer its gateway's commit and count exactly its members;
 - the round is complete when every awaited gateway and every other that has a commit is done, and a gateway is done
-  when it has revealed, or when its commit has no members.
+  when it has revealed, or when its commit has no members;
+- in split mode (`SiteRules`) no mask seed is in the round twice, and a site's members are committed only if they are
+  enough, of enough owners, and hardly any of the site's is left out: its gateway would refuse such a commit, and must.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fleetfed.cloud_coordinator.events import Member, ProposalVerified, RevealVerified
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.wire.envelope import Digest, MessageId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteRules:
+    """What holds for the members of each site in split mode; the leaf gateway applies the same before it reveals.
+
+    Attributes:
+        minimum_cohort: fewest members.
+        minimum_owners: fewest distinct owners among them; members without one have one together.
+    """
+
+    minimum_cohort: int
+    minimum_owners: int
+
+    def judge(self, members: Sequence[Member], left_out: int) -> RejectReason | None:
+        """Why a site's members cannot be committed.
+
+        Args:
+            members: that could be.
+            left_out: how many more the site has proposed.
+        """
+        if len(members) < self.minimum_cohort:
+            return RejectReason.BELOW_MINIMUM
+        if len({member.owner for member in members}) < self.minimum_owners:
+            return RejectReason.BELOW_OWNERS
+        if left_out > 2 and 20 * left_out > len(members) + left_out:
+            return RejectReason.TOO_MANY_EXCLUDED
+        return None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,12 +59,14 @@ class Exchange:
         members: how many were committed.
         commit: head hash of the commit; None until it is stored.
         reveal: head hash of the partial; None until it is stored.
+        contributors: members that the stored partial holds.
     """
 
     proposal: Digest
     members: int
     commit: Digest | None = None
     reveal: Digest | None = None
+    contributors: int = 0
 
     @property
     def done(self) -> bool:
@@ -51,10 +84,19 @@ class Round:
         minimum: fewest contributors for a version.
         cohort_cap: most contributors.
         awaited: gateways to wait for.
+        rules: of each site, in split mode.
     """
 
     def __init__(
-        self, *, number: int, plan: Digest, expires: int, minimum: int, cohort_cap: int, awaited: Iterable[str]
+        self,
+        *,
+        number: int,
+        plan: Digest,
+        expires: int,
+        minimum: int,
+        cohort_cap: int,
+        awaited: Iterable[str],
+        rules: SiteRules | None = None,
     ) -> None:
         self.number = number
         self.plan = plan
@@ -62,8 +104,10 @@ class Round:
         self.minimum = minimum
         self.cohort_cap = cohort_cap
         self.awaited = set(awaited)
+        self.rules = rules
         self.exchanges: dict[str, Exchange] = {}
         self.holder: dict[str, str] = {}
+        self.seeds: set[bytes] = set()
 
     @property
     def committed(self) -> int:
@@ -73,7 +117,7 @@ class Round:
     @property
     def revealed(self) -> int:
         """Contributors in the partials that are here."""
-        return sum(each.members for each in self.exchanges.values() if each.done)
+        return sum(each.contributors for each in self.exchanges.values())
 
     @property
     def complete(self) -> bool:
@@ -105,21 +149,47 @@ class Round:
         excluded = dict(event.excluded)
         members: list[Member] = []
         named: set[MessageId] = set()
+        devices: set[str] = set()
+        seeds: set[bytes] = set()
         for member in event.members:
             # Message ids are their senders' to choose, and the commit names members by them alone.
-            if member.device in self.holder or member.message_id in named:
+            if member.device in self.holder or member.device in devices or member.message_id in named:
                 excluded[member.head.hex()] = RejectReason.DUPLICATE
-            elif len(self.holder) >= self.cohort_cap:
+            elif member.seed and (member.seed in self.seeds or member.seed in seeds):
+                excluded[member.head.hex()] = RejectReason.REUSED_SEED
+            elif len(self.holder) + len(members) >= self.cohort_cap:
                 excluded[member.head.hex()] = RejectReason.COHORT_FULL
             else:
-                self.holder[member.device] = gateway
+                devices.add(member.device)
                 named.add(member.message_id)
+                seeds.add(member.seed)
                 members.append(member)
         # The same head twice in one proposal: it is in, so it is not left out.
         for member in members:
             excluded.pop(member.head.hex(), None)
+        members = self._heed_rules(event, members, excluded)
+        self.holder |= {member.device: gateway for member in members}
+        self.seeds |= {member.seed for member in members if member.seed}
         self.exchanges[gateway] = Exchange(proposal=event.message.head, members=len(members))
         return tuple(members), excluded
+
+    def _heed_rules(
+        self, event: ProposalVerified, members: list[Member], excluded: dict[str, RejectReason]
+    ) -> list[Member]:
+        """Leave out whole sites that break the rules of split mode; returns who stays."""
+        if self.rules is None:
+            return members
+        site_of = event.sites | {member.head.hex(): member.site for member in event.members}
+        left_out = Counter(site_of[head] for head in excluded if head in site_of)
+        by_site: dict[str, list[Member]] = {}
+        for member in members:
+            by_site.setdefault(member.site, []).append(member)
+        broken = {site: self.rules.judge(own, left_out[site]) for site, own in by_site.items()}
+        for member in members:
+            reason = broken[member.site]
+            if reason is not None:
+                excluded[member.head.hex()] = reason
+        return [member for member in members if broken[member.site] is None]
 
     def judge_reveal(self, event: RevealVerified) -> RejectReason | None:
         """Why a reveal is refused; None for one to store or to answer again."""
@@ -140,5 +210,6 @@ class Round:
         for gateway, exchange in self.exchanges.items():
             assert exchange.members == held.get(gateway, 0), (gateway, exchange, held)
             assert exchange.reveal is None or exchange.commit is not None, (gateway, exchange)
+            assert 0 <= exchange.contributors <= (exchange.members if exchange.reveal else 0), (gateway, exchange)
         assert set(held) <= set(self.exchanges), held
         assert self.committed <= self.cohort_cap, self.committed

@@ -19,20 +19,23 @@ from dataclasses import replace
 from typing import Final
 
 from fleetfed.cloud_coordinator import events as ev
-from fleetfed.cloud_coordinator.config import CoordinatorConfig
+from fleetfed.cloud_coordinator.book import Revealed, RoundBook
+from fleetfed.cloud_coordinator.config import CoordinatorConfig, RoundSettings
 from fleetfed.cloud_coordinator.control import report
 from fleetfed.cloud_coordinator.fleet import Fleet
 from fleetfed.cloud_coordinator.proposals import PlanInForce
-from fleetfed.cloud_coordinator.publish import PLAN, REVOCATIONS, Outgoing, Publisher
+from fleetfed.cloud_coordinator.publish import REVOCATIONS, Outgoing, Publisher
 from fleetfed.cloud_coordinator.round import Round
+from fleetfed.cloud_coordinator.secure.helper import Helpers
+from fleetfed.cloud_coordinator.secure.reveals import Reveals
+from fleetfed.cloud_coordinator.secure.unmask import Unmasked
 from fleetfed.cloud_coordinator.state import CoordinatorMachine, State
 from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
 from fleetfed.cloud_coordinator.storage.records import ExchangeRecord, RoundRecord, VersionRecord
-from fleetfed.cloud_coordinator.storage.restore import RUN, last_round, own_message, restore_machine, restore_round
+from fleetfed.cloud_coordinator.storage.restore import RUN, last_round, own_message, restore_machine, restore_run
 from fleetfed.cloud_coordinator.storage.store import Store
 from fleetfed.cloud_coordinator.training.evaluate import Evaluator
-from fleetfed.cloud_coordinator.training.plans import make_plan
-from fleetfed.cloud_coordinator.training.step import StepConfig, StepError, ring_of
+from fleetfed.cloud_coordinator.training.step import StepConfig, StepError
 from fleetfed.cloud_coordinator.training.versions import (
     Cards,
     from_file,
@@ -41,18 +44,17 @@ from fleetfed.cloud_coordinator.training.versions import (
     since_full,
     version_of_round,
 )
-from fleetfed.shared.aggregate.accumulator import Accumulator, Partial
+from fleetfed.shared.aggregate.accumulator import Partial
 from fleetfed.shared.aggregate.meta import MetaSum
 from fleetfed.shared.errors import RejectReason, StorageError
 from fleetfed.shared.machine import TimerFired
-from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.telemetry import Counters
 from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.signer import Message, Signer
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.chunks import split
-from fleetfed.shared.wire.envelope import Digest, MessageKind, parse_head
-from fleetfed.shared.wire.messages import Commit, Outcome, Plan, Receipt, Revocations, RoundEnd, Status
+from fleetfed.shared.wire.envelope import MessageKind, parse_head
+from fleetfed.shared.wire.messages import Outcome, Receipt, Revocations, RoundEnd, Status
 from fleetfed.shared.wire.topics import CLOUD_SITE, Broadcast, Kind, SiteTopics, Verb
 
 _log = logging.getLogger(__name__)
@@ -105,13 +107,13 @@ class Coordinator:
         self.rejected = Counters()
         self.clock = clock
         self.evaluator = None if config.validation is None else Evaluator(config.validation)
-        self.current: PlanInForce | None = None
+        self.helpers = Helpers(self.verifier)
+        self.reveals = Reveals(self)
         self.failed: asyncio.Future[None] | None = None
         self.finished_rounds = 0
         self._signer = signer
-        self._randomness = randomness
         self._transport = send
-        self._wake = wake
+        self.wake = wake
         self._outgoing: list[Outgoing] = []
         self._depth = 0
         self._broken = False
@@ -119,12 +121,19 @@ class Coordinator:
         self._status_due: int | None = None
         self._timed = 0
         self._proposal = b""
-        self._partial: tuple[bytes, Partial] | None = None
-        self._sum: Accumulator | None = None
+        self._revealed: Revealed | None = None
         self._step: asyncio.Task[None] | None = None
         self.cards = Cards(blobs)
         self._recent = store.versions(limit=_NEWEST)
         self.publisher = Publisher(self.topics, store=store, blobs=blobs, send=self.send)
+        self.book = RoundBook(
+            config,
+            store=store,
+            verifier=self.verifier,
+            sign=lambda kind, body, now, number: self.sign(kind, body, now=now, round=number),
+            randomness=randomness,
+            rejected=self.rejected,
+        )
         self._publish_first_model()
         self.machine = self._restore()
         self.history: deque[dict[str, object]] = deque(
@@ -154,7 +163,8 @@ class Coordinator:
 
     def next_deadline(self) -> int | None:
         """When to call `timer`, in unix milliseconds."""
-        return min((at for at in (self.machine.next_deadline(), self._status_due) if at is not None), default=None)
+        deadlines = (self.machine.next_deadline(), self._status_due, self.reveals.next_deadline())
+        return min((at for at in deadlines if at is not None), default=None)
 
     def timer(self) -> None:
         """The time that `next_deadline` named has come."""
@@ -162,6 +172,7 @@ class Coordinator:
         deadline = self.machine.next_deadline()
         if self._status_due is not None and now >= self._status_due:
             self.publish_status()
+        self.reveals.timer(now)
         put_back, self._timed = now < self._timed, now
         if deadline is not None and (now >= deadline or put_back):
             self.handle(TimerFired())
@@ -178,7 +189,7 @@ class Coordinator:
             while queue:
                 for instruction in self.machine.handle(queue.popleft(), now):
                     queue.extend(self._perform(instruction, now))
-        self._wake()
+        self.wake()
 
     @contextmanager
     def durably(self) -> Iterator[None]:
@@ -213,6 +224,7 @@ class Coordinator:
         if self._step_due is not None:
             number, self._step_due = self._step_due, None
             self._step = asyncio.get_running_loop().create_task(self._take_step(number), name=f"step-{number}")
+        self.book.seals.wipe()
         packets, self._outgoing = self._outgoing, []
         for packet in packets:
             self._transport(packet)
@@ -228,46 +240,68 @@ class Coordinator:
 
     # --- Messages -----------------------------------------------------------------------------------------------------
 
-    def refuse(self, message: ev.Named, reason: RejectReason, detail: str = "") -> None:
+    @property
+    def current(self) -> PlanInForce | None:
+        """The plan of the last round that was opened."""
+        return self.book.current
+
+    def refuse(self, message: ev.Named, reason: RejectReason, detail: str = "", *, kind: Kind = Kind.GATEWAY) -> None:
         """Count a refused message and tell its sender."""
         self.rejected.add(reason)
         _log.warning("%s: refused: %s %s", message.gateway, reason, detail)
-        receipt = Receipt(message_id=message.message_id, head=message.head, reason=reason, detail=detail[:2000])
-        self._down(message.gateway, Verb.RECEIPT, self.sign(MessageKind.RECEIPT, receipt, now=self.clock()).encode())
+        self.confirm(kind, message, reason=reason, detail=detail[:2000])
+
+    def confirm(self, kind: Kind, message: ev.Named, *, reason: RejectReason | None = None, detail: str = "") -> None:
+        """Send a receipt that nobody need find again after a crash."""
+        receipt = Receipt(message_id=message.message_id, head=message.head, reason=reason, detail=detail)
+        signed = self.sign(MessageKind.RECEIPT, receipt, now=self.clock())
+        self.down(kind, message.gateway, Verb.RECEIPT, signed.encode())
 
     def proposed(self, event: ev.ProposalVerified, message: bytes) -> None:
         """A verified proposal came in, as these bytes."""
         self._proposal = message
         self.handle(event)
 
-    def revealed(self, event: ev.RevealVerified, words: bytes, partial: Partial) -> None:
+    def revealed(self, event: ev.RevealVerified, unmasked: Unmasked | None = None) -> None:
+        """A masked reveal was unmasked; none of it counts where it failed."""
+        self._reveal(event, Revealed.masked(unmasked, event.failed))
+
+    def revealed_plain(self, event: ev.RevealVerified, words: bytes, partial: Partial) -> None:
         """A verified partial came in."""
-        self._partial = (words, partial)
+        self._reveal(event, Revealed(stored=words, parts=(partial,)))
+
+    def _reveal(self, event: ev.RevealVerified, revealed: Revealed) -> None:
+        self._revealed = revealed
         self.handle(event)
-        self._partial = None
+        self._revealed = None
 
     def fleet_changed(self) -> None:
         """Presence or a census changed."""
-        summary = self.fleet.summary()
+        summary = self.fleet_summary()
         if summary != self.machine.fleet and self.machine.state is not State.OPENING:
             self.handle(summary)
         if self._status_due is None:
             self._status_due = self.clock() + _STATUS_EVERY
-            self._wake()
+            self.wake()
+
+    def fleet_summary(self) -> ev.FleetChanged:
+        """What presence and censuses say now."""
+        return replace(self.fleet.summary(), helper=self.helpers.ready)
 
     def resend_commit(self, record: ExchangeRecord) -> None:
         """Send a stored commit."""
         head = parse_head(record.commit)
         for frame in split(head.header.message_id, record.commit):
-            self._down(record.gateway, Verb.COMMIT, frame)
+            self.down(Kind.GATEWAY, record.gateway, Verb.COMMIT, frame)
 
     def resend_receipt(self, record: ExchangeRecord) -> None:
         """Send the stored receipt of a reveal."""
         if record.receipt is not None:
-            self._down(record.gateway, Verb.RECEIPT, record.receipt)
+            self.down(Kind.GATEWAY, record.gateway, Verb.RECEIPT, record.receipt)
 
-    def _down(self, gateway: str, verb: Verb, payload: bytes) -> None:
-        self.send(Outgoing(topic=self.topics.down(Kind.GATEWAY, gateway, verb), payload=payload))
+    def down(self, kind: Kind, member: str, verb: Verb, payload: bytes) -> None:
+        """Send something to one member."""
+        self.send(Outgoing(topic=self.topics.down(kind, member, verb), payload=payload))
 
     # --- Instructions -------------------------------------------------------------------------------------------------
 
@@ -278,11 +312,12 @@ class Coordinator:
             case ev.PublishPlan() | ev.PublishEnd():
                 self.publisher.plan()
             case ev.StoreCommit():
-                return [self._store_commit(instruction, now)]
+                return [self.book.commit(instruction, self._proposal, now)]
             case ev.SendCommit(gateway):
                 self.resend_commit(self._exchange(gateway))
             case ev.StoreReveal(message):
-                self._store_reveal(message, now)
+                assert self._revealed is not None
+                self.book.reveal(message, self._revealed, now)
             case ev.SendStoredReceipt(gateway):
                 self.resend_receipt(self._exchange(gateway))
             case ev.Refuse():
@@ -291,126 +326,41 @@ class Coordinator:
                 # Not before the partials are durable: a version must never hold what a restart would not find.
                 self._step_due = number
             case ev.StoreAbort(number, reason):
-                self._store_abort(number, reason, now)
+                self._ended(self.book.abort(number, reason, now))
             case ev.PublishModel():
                 self.publisher.model()
             case ev.StoreAwaited(number, awaited):
-                self.store.update_round(replace(self._round(number), awaited=awaited))
+                self.store.update_round(replace(self.book.record(number), awaited=awaited))
             case ev.StoreRun():
                 self.store.put_document(RUN, codec.encode(self.machine.run))
             case ev.PublishStatus():
                 self._status_due = now
         return []
 
-    def _open_round(self, instruction: ev.OpenRound, now: int) -> ev.RoundOpened:
+    def _open_round(self, instruction: ev.OpenRound, now: int) -> ev.RoundOpened | ev.OpenRefused:
         base = self._base()
-        card = self.cards.of(base)
-        plan = make_plan(
-            instruction.settings,
-            number=instruction.number,
+        return self.book.open(
+            instruction,
             base=base,
-            dimension=card.parameters,
+            card=self.cards.of(base),
             tiers=self.fleet.tiers,
+            helper=lambda until: self.helpers.fresh(now=now, until=until),
             now=now,
-            nonce=self._randomness(16),
         )
-        message = self.sign(MessageKind.PLAN, plan, now=now, round=plan.round)
-        encoded = message.encode()
-        with self.store.transaction():
-            self.store.open_round(
-                RoundRecord(
-                    number=plan.round,
-                    plan_hash=message.head.hash,
-                    plan=encoded,
-                    base=base.version,
-                    awaited=instruction.awaited,
-                    opened=now,
-                    expires=plan.expires,
-                )
-            )
-            self.store.put_document(PLAN, encoded)
-            self.store.forget_exchanges(below=plan.round - self.config.storage.keep_rounds)
-        self._enter(plan, message.head.hash, card)
-        _log.info("round %d: opened, waiting for %s", plan.round, ", ".join(sorted(instruction.awaited)))
-        return ev.RoundOpened(plan=message.head.hash, expires=plan.expires)
 
-    def _enter(self, plan: Plan, plan_hash: Digest, card: ModelCard) -> None:
-        ring = ring_of(plan, card)
-        self.current = PlanInForce(plan=plan, hash=plan_hash, ring=ring)
-        self._sum = Accumulator(ring, capacity=plan.quorum.cohort_cap)
+    def check_settings(self, settings: RoundSettings) -> None:
+        """Refuse settings that no round can be opened with.
 
-    def _store_commit(self, instruction: ev.StoreCommit, now: int) -> ev.CommitStored:
-        assert self.current is not None
-        gateway = instruction.message.gateway
-        commit = Commit(
-            plan=self.current.hash,
-            gateway=gateway,
-            proposal=instruction.message.head,
-            members=b"".join(sorted(member.message_id for member in instruction.members)),
-            excluded={name: reason.value for name, reason in instruction.excluded.items()},
-        )
-        signed = self.sign(MessageKind.COMMIT, commit, now=now, round=self.current.plan.round)
-        for reason in instruction.excluded.values():
-            self.rejected.add(reason)
-        self.store.add_exchange(
-            ExchangeRecord(
-                round=self.current.plan.round,
-                gateway=gateway,
-                proposal_head=instruction.message.head,
-                proposal=self._proposal,
-                commit_head=signed.head.hash,
-                commit=signed.encode(),
-                members=instruction.members,
-                declined=instruction.declined,
-                rejected=instruction.rejected,
-                excluded=report.tally(reason.value for reason in instruction.excluded.values()),
-            )
-        )
-        _log.info(
-            "round %d: %s: %d committed, %d left out",
-            self.current.plan.round,
-            gateway,
-            len(instruction.members),
-            len(instruction.excluded),
-        )
-        return ev.CommitStored(gateway=gateway, commit=signed.head.hash)
+        Raises:
+            RemoteProtocolError: what is wrong.
+        """
+        base = self.newest()
+        if base is not None:
+            card = self.cards.of(base)
+            self.book.check(settings, base=base, card=card, tiers=self.fleet.tiers, now=self.clock())
 
-    def _store_reveal(self, message: ev.Named, now: int) -> None:
-        assert self.current is not None
-        assert self._partial is not None
-        assert self._sum is not None
-        words, partial = self._partial
-        receipt = Receipt(message_id=message.message_id, head=message.head)
-        signed = self.sign(MessageKind.RECEIPT, receipt, now=now, round=self.current.plan.round)
-        self.store.add_reveal(
-            round=self.current.plan.round,
-            gateway=message.gateway,
-            head=message.head,
-            words=words,
-            receipt=signed.encode(),
-        )
-        self._sum.merge(partial)
-        self._partial = None
-
-    def _store_abort(self, number: int, reason: str, now: int) -> None:
-        exchanges = self.store.exchanges(number)
-        record = replace(
-            self._round(number),
-            outcome=Outcome.ABORTED.value,
-            reason=reason,
-            closed=now,
-            report=report.round_report(exchanges, None, {}),
-        )
-        self._end_round(record, RoundEnd(round=number, plan=record.plan_hash, outcome=Outcome.ABORTED, reason=reason))
-        _log.warning("round %d: aborted: %s", number, reason)
-
-    def _end_round(self, record: RoundRecord, end: RoundEnd) -> None:
-        signed = self.sign(MessageKind.ROUND_END, end, now=record.closed, round=record.number)
-        with self.store.transaction():
-            self.store.update_round(record)
-            self.store.forget_words(record.number)
-            self.store.put_document(PLAN, signed.encode())
-        self._sum = None
+    def _ended(self, record: RoundRecord) -> None:
+        self.reveals.clear()
         self.finished_rounds += 1
         self.history.append(report.history_row(record))
 
@@ -427,8 +377,8 @@ class Coordinator:
 
     async def _compute_and_store(self, number: int) -> None:
         assert self.current is not None
-        assert self._sum is not None
-        plan, total = self.current.plan, self._sum.report()
+        plan = self.current.plan
+        total, robust = self.book.total()
         base = self._base()
         card = self.cards.of(base)
         since = since_full(self._recent)
@@ -446,6 +396,7 @@ class Coordinator:
                 full_every=self.config.storage.full_every,
                 blobs=self.blobs,
                 evaluator=self.evaluator,
+                robust=robust,
             )
         except StepError as error:
             self.handle(ev.StepFailed(str(error)))
@@ -460,14 +411,15 @@ class Coordinator:
     def _store_step(self, number: int, made: VersionRecord, meta: MetaSum) -> float | None:
         now = self.clock()
         exchanges = self.store.exchanges(number)
-        members = [member for exchange in exchanges if exchange.reveal_head is not None for member in exchange.members]
-        before = self._round(number)
+        members = [member for exchange in exchanges for member in exchange.contributors]
+        before = self.book.record(number)
         record = replace(made, round=number, plan_hash=before.plan_hash, created=now)
         self.add_version(record)
         self.store.count_contributions(members, number)
         closed = report.committed_round(before, record, meta, exchanges=exchanges, members=members)
         end = RoundEnd(round=number, plan=before.plan_hash, outcome=Outcome.COMMITTED, version=record.version)
-        self._end_round(closed, end)
+        self.book.end(closed, end)
+        self._ended(closed)
         _log.info("round %d: version %d of %d devices: %s", number, record.version, meta.count, record.metrics)
         return closed.accuracy
 
@@ -506,23 +458,17 @@ class Coordinator:
         if stored is not None:
             self.verifier.revoke(own_message(stored, Revocations)[0])
         last = last_round(self.store)
-        round_ = None if last is None or last.outcome else self._restore_round(last)
-        return restore_machine(self.store, settings=self.config.rounds, round_=round_)
+        run = restore_run(self.store, self.config.rounds)
+        self.book.seals.destroy(but=0 if last is None or last.outcome else last.number)
+        round_ = None if last is None or last.outcome else self._restore_round(last, run.settings)
+        self.book.seals.wipe()
+        return restore_machine(self.store, run=run, round_=round_)
 
-    def _restore_round(self, record: RoundRecord) -> Round:
+    def _restore_round(self, record: RoundRecord, settings: RoundSettings) -> Round:
         base = self.store.version(record.base)
         if base is None:
             raise StorageError(f"round {record.number} starts from version {record.base}, which is not in the database")
-        plan, head = own_message(record.plan, Plan)
-        self._enter(plan, head.hash, self.cards.of(base))
-        assert self.current is not None
-        assert self._sum is not None
-        return restore_round(self.store, record, current=self.current, total=self._sum)
-
-    def _round(self, number: int) -> RoundRecord:
-        record = self.store.round(number)
-        assert record is not None
-        return record
+        return self.book.restore(record, self.cards.of(base), settings)
 
     def _exchange(self, gateway: str) -> ExchangeRecord:
         assert self.current is not None

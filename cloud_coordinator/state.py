@@ -28,6 +28,7 @@ from fleetfed.cloud_coordinator.events import (
     FleetChanged,
     Instruction,
     ModelStored,
+    OpenRefused,
     OpenRound,
     PauseRequested,
     ProposalVerified,
@@ -52,9 +53,10 @@ from fleetfed.cloud_coordinator.events import (
     StoreReveal,
     StoreRun,
 )
-from fleetfed.cloud_coordinator.round import Round
+from fleetfed.cloud_coordinator.round import Round, SiteRules
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.machine import Edge, Machine, TimerFired
+from fleetfed.shared.wire.messages import Mode
 
 _RETRY_FIRST: Final = 1_000
 _RETRY_MOST: Final = 60_000
@@ -94,11 +96,13 @@ class Run:
         wish: rounds or none.
         settings: of the rounds.
         first_round: the rounds that count towards ``settings.rounds`` are this one and later.
+        problem: why no round could be opened, or made a version of, when that was tried last; empty for nothing.
     """
 
     wish: Wish = Wish.NOTHING
     settings: RoundSettings
     first_round: int = 1
+    problem: str = ""
 
 
 class CoordinatorMachine(Machine[State]):
@@ -176,7 +180,9 @@ class CoordinatorMachine(Machine[State]):
         return State.WAITING
 
     def _fleet_is_ready(self) -> bool:
-        return bool(self.fleet.gateways) and self.fleet.devices >= self.run.settings.start_when
+        settings = self.run.settings
+        enough = bool(self.fleet.gateways) and self.fleet.devices >= settings.start_when
+        return enough and (self.fleet.helper or not settings.needs_helper)
 
     def _rest(self, now: int) -> list[Instruction]:
         """Go to the state between rounds, and on to the next round if all is ready."""
@@ -290,7 +296,7 @@ class CoordinatorMachine(Machine[State]):
 
     def _resume(self, event: ResumeRequested, now: int) -> list[Instruction]:
         del event
-        self.run = replace(self.run, wish=Wish.ROUNDS)
+        self.run = replace(self.run, wish=Wish.ROUNDS, problem="")
         self._failures = 0
         return [StoreRun(), *self._rest(now)]
 
@@ -313,9 +319,22 @@ class CoordinatorMachine(Machine[State]):
             minimum=settings.quorum_minimum,
             cohort_cap=settings.cohort_cap,
             awaited=self.fleet.gateways,
+            rules=rules_of(settings),
         )
         self.state = State.COLLECTING
+        if self.run.problem:
+            self.run = replace(self.run, problem="")
+            return [StoreRun(), PublishPlan(self.last_round), PublishStatus()]
         return [PublishPlan(self.last_round), PublishStatus()]
+
+    def _open_refused(self, event: OpenRefused, now: int) -> list[Instruction]:
+        # Nothing was published under this number.
+        self.last_round -= 1
+        self._failures += 1
+        # What will not pass by itself fails again, however often it is tried: somebody has to look.
+        wish = self.run.wish if event.passing else Wish.PAUSE
+        self.run = replace(self.run, wish=wish, problem=event.reason)
+        return [StoreRun(), *self._rest_later(now)]
 
     def _proposal(self, event: ProposalVerified, now: int) -> list[Instruction]:
         del now
@@ -350,6 +369,7 @@ class CoordinatorMachine(Machine[State]):
         if exchange.reveal is not None:
             return [SendStoredReceipt(event.message.gateway)]
         exchange.reveal = event.message.head
+        exchange.contributors = 0 if event.failed is not None else event.count - event.lost
         return [
             StoreReveal(event.message),
             SendStoredReceipt(event.message.gateway),
@@ -370,8 +390,15 @@ class CoordinatorMachine(Machine[State]):
 
     def _step_failed(self, event: StepFailed, now: int) -> list[Instruction]:
         # The same sums would fail again, and so might the next: somebody has to look.
-        self.run = replace(self.run, wish=Wish.PAUSE)
+        self.run = replace(self.run, wish=Wish.PAUSE, problem=event.reason)
         return [StoreRun(), *self._abort(event.reason, now)]
+
+
+def rules_of(settings: RoundSettings) -> SiteRules | None:
+    """The rules for each site's members that go with the settings of a round."""
+    if settings.mode is not Mode.SPLIT:
+        return None
+    return SiteRules(minimum_cohort=settings.minimum_cohort, minimum_owners=settings.minimum_owners)
 
 
 def _table() -> dict[tuple[State, type], Edge]:
@@ -394,6 +421,7 @@ def _table() -> dict[tuple[State, type], Edge]:
     closed = (s.STEPPING, *ended)
     table |= {
         (s.OPENING, RoundOpened): Edge("_opened", s.COLLECTING),
+        (s.OPENING, OpenRefused): Edge("_open_refused", s.WAITING, s.PAUSED),
         (s.COLLECTING, Started): Edge("_started", s.COLLECTING, *closed),
         (s.COLLECTING, FleetChanged): Edge("_fleet_changed_in_round", s.COLLECTING, *closed),
         (s.COLLECTING, TimerFired): Edge("_timer_in_round", s.COLLECTING, *closed),

@@ -51,11 +51,26 @@ def round_report(
             # The labels and counts are the gateways' own; what many of them claim must still fit.
             kept = total.most_common(_LABELS)
             found[name] = {label: min(count, limits.MAX_TALLY) for label, count in sorted(kept)}
+    found |= _masked_report(exchanges)
     found |= metrics
     if meta is not None and meta.clipped:
         found |= {"examples": meta.examples, "clipped": max(meta.clipped)}
     if meta is not None and meta.beyond is not None:
         found["beyond_clip"] = meta.beyond
+    return found
+
+
+def _masked_report(exchanges: Sequence[ExchangeRecord]) -> dict[str, Any]:
+    """What became of the commits: how many devices, failed reveals by reason, and buckets, where there are any."""
+    found: dict[str, Any] = {"committed": sum(len(exchange.members) for exchange in exchanges)}
+    results = [exchange.result for exchange in exchanges]
+    failed = tally(result.failed for result in results if result.failed)
+    if failed:
+        found["failed_reveals"] = failed
+    if any(result.buckets for result in results):
+        found["buckets"] = sum(result.buckets for result in results)
+        found["bucket_lost"] = sum(result.buckets_lost for result in results)
+        found["devices_lost"] = sum(len(result.lost) for result in results)
     return found
 
 
@@ -78,7 +93,7 @@ def committed_round(
         update_bytes=sum(member.size for member in members),
         patch_bytes=0 if made.patch_ref is None else made.patch_ref.size,
         accuracy=made.metrics.get("accuracy", made.metrics.get("holdout_accuracy")),
-        report=round_report(exchanges, meta, made.metrics),
+        report=before.report | round_report(exchanges, meta, made.metrics),
     )
 
 

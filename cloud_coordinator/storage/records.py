@@ -104,6 +104,23 @@ class RoundRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RevealResult:
+    """What a gateway's reveal came to.
+
+    Attributes:
+        failed: why none of it counts, of `RejectReason`; empty for a good one.
+        buckets: sums that were revealed apart; 0 for one sum.
+        buckets_lost: of these, sums that were dropped.
+        lost: message ids of those who were in them.
+    """
+
+    failed: str = ""
+    buckets: int = 0
+    buckets_lost: int = 0
+    lost: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeRecord:
     """What passed between the coordinator and one gateway in a round; messages are their exact bytes.
 
@@ -116,6 +133,7 @@ class ExchangeRecord:
         excluded: reason to number of heads that were left out.
         reveal_head: hash of the partial's head; None until it is here.
         receipt: the signed receipt of the partial.
+        result: what the partial came to.
     """
 
     round: int
@@ -130,6 +148,15 @@ class ExchangeRecord:
     excluded: dict[str, int] = field(default_factory=dict)
     reveal_head: bytes | None = None
     receipt: bytes | None = None
+    result: RevealResult = RevealResult()
+
+    @property
+    def contributors(self) -> tuple[Member, ...]:
+        """Whom the stored partial holds."""
+        if self.reveal_head is None or self.result.failed:
+            return ()
+        lost = frozenset(self.result.lost)
+        return tuple(member for member in self.members if member.message_id not in lost)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

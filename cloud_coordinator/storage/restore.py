@@ -8,14 +8,17 @@ from typing import Final, TypeVar
 from fleetfed.cloud_coordinator.config import RoundSettings
 from fleetfed.cloud_coordinator.control import report
 from fleetfed.cloud_coordinator.proposals import PlanInForce
-from fleetfed.cloud_coordinator.round import Exchange, Round
+from fleetfed.cloud_coordinator.round import Exchange, Round, SiteRules
+from fleetfed.cloud_coordinator.secure.seeds import seed_hashes
 from fleetfed.cloud_coordinator.state import CoordinatorMachine, Run, Wish
-from fleetfed.cloud_coordinator.storage.records import RoundRecord
+from fleetfed.cloud_coordinator.storage.records import ExchangeRecord, RoundRecord
 from fleetfed.cloud_coordinator.storage.store import Store
-from fleetfed.shared.aggregate.accumulator import Accumulator, decode_words
+from fleetfed.cloud_coordinator.training.sums import RoundSum, decode_parts
+from fleetfed.shared.aggregate.accumulator import Partial, decode_words
 from fleetfed.shared.errors import RemoteProtocolError, StorageError
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.envelope import Digest, Head, open_body, parse_head
+from fleetfed.shared.wire.messages import Mode, Proposal
 
 RUN: Final = "run"
 """Document: what the operator wants."""
@@ -39,24 +42,33 @@ def own_message(message: bytes, cls: type[T]) -> tuple[T, Head]:
         raise StorageError(f"a stored {cls.__name__} is damaged: {error}") from error
 
 
-def restore_machine(store: Store, *, settings: RoundSettings, round_: Round | None) -> CoordinatorMachine:
-    """Return the machine as the database has it.
+def restore_run(store: Store, settings: RoundSettings) -> Run:
+    """Return what the operator wants, as the database has it.
 
     Args:
         store: the database.
         settings: for the case that nobody ever asked for rounds.
-        round_: the open round.
 
     Raises:
         StorageError: what is stored is damaged.
     """
     stored = store.document(RUN)
-    run = Run(wish=Wish.NOTHING, settings=settings)
-    if stored is not None:
-        try:
-            run = codec.decode(Run, stored, limit=len(stored))
-        except RemoteProtocolError as error:
-            raise StorageError(f"the stored run is damaged: {error}") from error
+    if stored is None:
+        return Run(wish=Wish.NOTHING, settings=settings)
+    try:
+        return codec.decode(Run, stored, limit=len(stored))
+    except RemoteProtocolError as error:
+        raise StorageError(f"the stored run is damaged: {error}") from error
+
+
+def restore_machine(store: Store, *, run: Run, round_: Round | None) -> CoordinatorMachine:
+    """Return the machine as the database has it.
+
+    Args:
+        store: the database.
+        run: what the operator wants.
+        round_: the open round.
+    """
     last = last_round(store)
     return CoordinatorMachine(
         run=run,
@@ -82,7 +94,7 @@ def _last_accuracy(store: Store, first_round: int) -> float | None:
     return None
 
 
-def restore_round(store: Store, record: RoundRecord, *, current: PlanInForce, total: Accumulator) -> Round:
+def restore_round(store: Store, record: RoundRecord, *, current: PlanInForce, total: RoundSum) -> Round:
     """Return the bookkeeping of an open round, having added its partials to ``total``.
 
     Raises:
@@ -96,6 +108,9 @@ def restore_round(store: Store, record: RoundRecord, *, current: PlanInForce, to
         minimum=plan.quorum.minimum,
         cohort_cap=plan.quorum.cohort_cap,
         awaited=record.awaited,
+        rules=None
+        if plan.split is None
+        else SiteRules(minimum_cohort=plan.split.minimum_cohort, minimum_owners=plan.split.minimum_owners),
     )
     for each in store.exchanges(record.number):
         round_.exchanges[each.gateway] = Exchange(
@@ -103,13 +118,22 @@ def restore_round(store: Store, record: RoundRecord, *, current: PlanInForce, to
             members=len(each.members),
             commit=Digest(each.commit_head),
             reveal=None if each.reveal_head is None else Digest(each.reveal_head),
+            contributors=len(each.contributors),
         )
         round_.holder |= {member.device: each.gateway for member in each.members}
-        if each.reveal_head is not None:
-            words = store.words(record.number, each.gateway)
-            try:
-                total.merge(decode_words(words, current.ring, count=len(each.members)))
-            except RemoteProtocolError as error:
-                raise StorageError(f"the stored partial of {each.gateway} is damaged: {error}") from error
+        if current.secret is not None:
+            proposal = own_message(each.proposal, Proposal)[0]
+            round_.seeds |= seed_hashes(proposal.heads, {member.head for member in each.members}, current.secret)
+        if each.reveal_head is not None and not each.result.failed:
+            total.add(each.gateway, _parts(store.words(record.number, each.gateway), each, current))
     _log.info("round %d: resumed with %d committed devices", record.number, round_.committed)
     return round_
+
+
+def _parts(words: bytes, exchange: ExchangeRecord, current: PlanInForce) -> tuple[Partial, ...]:
+    try:
+        if current.plan.mode is Mode.SPLIT:
+            return decode_parts(words, current.ring)
+        return (decode_words(words, current.ring, count=len(exchange.members)),)
+    except RemoteProtocolError as error:
+        raise StorageError(f"the stored partial of {exchange.gateway} is damaged: {error}") from error

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-import msgpack
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
@@ -25,9 +24,25 @@ from sqlalchemy.pool import NullPool
 from fleetfed.cloud_coordinator.events import Member
 from fleetfed.cloud_coordinator.storage import tables
 from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
-from fleetfed.cloud_coordinator.storage.records import DeviceRecord, ExchangeRecord, Origin, RoundRecord, VersionRecord
-from fleetfed.cloud_coordinator.training.clips import ClipState
-from fleetfed.shared.errors import ConfigError, RemoteProtocolError, StorageError
+from fleetfed.cloud_coordinator.storage.records import (
+    DeviceRecord,
+    ExchangeRecord,
+    RevealResult,
+    RoundRecord,
+    VersionRecord,
+)
+from fleetfed.cloud_coordinator.storage.rows import (
+    GOOD,
+    exchange_row,
+    read_exchange,
+    read_ref,
+    read_round,
+    read_version,
+    result_column,
+    round_row,
+    version_row,
+)
+from fleetfed.shared.errors import ConfigError, StorageError
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.envelope import Digest, MessageId
 from fleetfed.shared.wire.messages import BlobRef
@@ -50,6 +65,8 @@ def _sqlite_settings(connection: Any, _record: Any) -> None:
     # FULL syncs the log at every commit: accept means durable.
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.execute("PRAGMA busy_timeout=5000")
+    # What is deleted is overwritten: see `wipe`.
+    cursor.execute("PRAGMA secure_delete=ON")
     cursor.close()
 
 
@@ -91,11 +108,25 @@ class Store:
         found = self.document(_SCHEMA_KEY)
         if found is None:
             self.put_document(_SCHEMA_KEY, str(tables.SCHEMA).encode())
-        elif found != str(tables.SCHEMA).encode():
+            return
+        if found.isdigit():
+            found = self._migrate(int(found))
+        if found != str(tables.SCHEMA).encode():
             raise StorageError(
                 f"database {self._engine.url!r} has schema {found.decode(errors='replace')}, "
                 f"this program uses {tables.SCHEMA}: start the version of FleetFed that wrote it"
             )
+
+    def _migrate(self, found: int) -> bytes:
+        """Bring an older schema up to date, each step in one transaction; returns the schema then."""
+        binary = "BYTEA" if self._engine.dialect.name == "postgresql" else "BLOB"
+        while found in tables.MIGRATIONS:
+            with self.transaction():
+                for statement in tables.MIGRATIONS[found]:
+                    self._write(sa.text(statement.format(binary=binary)))
+                found += 1
+                self.put_document(_SCHEMA_KEY, str(found).encode())
+        return str(found).encode()
 
     def close(self) -> None:
         """Close the connection; whatever was not committed is gone."""
@@ -171,13 +202,13 @@ class Store:
 
     def add_version(self, record: VersionRecord) -> None:
         """Store a new version."""
-        self._write(sa.insert(tables.versions).values(**_version_row(record)))
+        self._write(sa.insert(tables.versions).values(**version_row(record)))
 
     def version(self, number: int) -> VersionRecord | None:
         """One version."""
         t = tables.versions
         rows = self._read(sa.select(t).where(t.c.version == number))
-        return _version(rows[0]) if rows else None
+        return read_version(rows[0]) if rows else None
 
     def newest_version(self) -> VersionRecord | None:
         """The current version."""
@@ -190,13 +221,13 @@ class Store:
         query = sa.select(t).order_by(t.c.version.desc()).limit(limit)
         if below is not None:
             query = query.where(t.c.version < below)
-        return [_version(row) for row in self._read(query)]
+        return [read_version(row) for row in self._read(query)]
 
     def newest_full(self) -> VersionRecord | None:
         """The newest version that was published whole."""
         t = tables.versions
         rows = self._read(sa.select(t).where(t.c.full_ref.is_not(None)).order_by(t.c.version.desc()).limit(1))
-        return _version(rows[0]) if rows else None
+        return read_version(rows[0]) if rows else None
 
     def forget_files(self, *, below: int) -> None:
         """Mark the files and states of versions below this number as no longer kept."""
@@ -207,23 +238,23 @@ class Store:
 
     def open_round(self, record: RoundRecord) -> None:
         """Store a new round."""
-        self._write(sa.insert(tables.rounds).values(**_round_row(record)))
+        self._write(sa.insert(tables.rounds).values(**round_row(record)))
 
     def update_round(self, record: RoundRecord) -> None:
         """Store what changed of a round."""
         t = tables.rounds
-        self._write(sa.update(t).where(t.c.number == record.number).values(**_round_row(record)))
+        self._write(sa.update(t).where(t.c.number == record.number).values(**round_row(record)))
 
     def round(self, number: int) -> RoundRecord | None:
         """One round."""
         t = tables.rounds
         rows = self._read(sa.select(t).where(t.c.number == number))
-        return _round(rows[0]) if rows else None
+        return read_round(rows[0]) if rows else None
 
     def rounds(self, *, limit: int) -> list[RoundRecord]:
         """The last rounds, newest first."""
         t = tables.rounds
-        return [_round(row) for row in self._read(sa.select(t).order_by(t.c.number.desc()).limit(limit))]
+        return [read_round(row) for row in self._read(sa.select(t).order_by(t.c.number.desc()).limit(limit))]
 
     def made_since(self, first_round: int) -> int:
         """How many rounds from this one on made a version."""
@@ -235,10 +266,19 @@ class Store:
 
     def add_exchange(self, record: ExchangeRecord) -> None:
         """Store a proposal with its commit."""
-        self._write(sa.insert(tables.exchanges).values(**_exchange_row(record)))
+        self._write(sa.insert(tables.exchanges).values(**exchange_row(record)))
 
-    def add_reveal(self, *, round: int, gateway: str, head: bytes, words: bytes, receipt: bytes) -> None:
-        """Store a partial with its receipt."""
+    def add_reveal(
+        self,
+        *,
+        round: int,
+        gateway: str,
+        head: bytes,
+        words: bytes,
+        receipt: bytes,
+        result: RevealResult = GOOD,
+    ) -> None:
+        """Store a partial, or that it failed, with its receipt."""
         t = tables.exchanges
         if len(words) <= _INLINE:
             kept: dict[str, bytes] = {"reveal_words": words}
@@ -247,7 +287,7 @@ class Store:
         self._write(
             sa.update(t)
             .where(t.c.round == round, t.c.gateway == gateway)
-            .values(reveal_head=head, receipt=receipt, **kept)
+            .values(reveal_head=head, receipt=receipt, result=result_column(result), **kept)
         )
 
     def words(self, round: int, gateway: str) -> bytes:
@@ -274,18 +314,51 @@ class Store:
         """What passed between the coordinator and one gateway."""
         t = tables.exchanges
         rows = self._read(sa.select(*_EXCHANGE).where(t.c.round == round, t.c.gateway == gateway))
-        return _exchange(rows[0]) if rows else None
+        return read_exchange(rows[0]) if rows else None
 
     def exchanges(self, round: int) -> list[ExchangeRecord]:
         """All exchanges of a round, by gateway."""
         t = tables.exchanges
         rows = self._read(sa.select(*_EXCHANGE).where(t.c.round == round).order_by(t.c.gateway))
-        return [_exchange(row) for row in rows]
+        return [read_exchange(row) for row in rows]
 
     def forget_exchanges(self, *, below: int) -> None:
         """Delete the messages of rounds below this number."""
         t = tables.exchanges
         self._write(sa.delete(t).where(t.c.round < below))
+
+    # --- Seal secrets -------------------------------------------------------------------------------------------------
+
+    def add_seal(self, round: int, secret: bytes) -> None:
+        """Store the seal secret of a round."""
+        self._write(sa.insert(tables.seals).values(round=round, secret=secret))
+
+    def seal(self, round: int) -> bytes | None:
+        """The seal secret of a round."""
+        t = tables.seals
+        rows = self._read(sa.select(t.c.secret).where(t.c.round == round))
+        return bytes(rows[0]["secret"]) if rows else None
+
+    def drop_seals(self, *, but: int = 0) -> int:
+        """Delete all seal secrets but that of one round; return how many."""
+        t = tables.seals
+        return self._write(sa.delete(t).where(t.c.round != but))
+
+    def wipe(self) -> bool:
+        """Empty the write-ahead log, which still holds what was deleted; return whether that was possible.
+
+        To be called outside of transactions. PostgreSQL keeps deleted rows until it vacuums, and its log as long as it
+        is told to: who needs more there encrypts that disk.
+        """
+        assert not self._depth
+        if self._engine.dialect.name != "sqlite":
+            return True
+        try:
+            busy = self._connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar_one()
+            self._connection.rollback()
+        except DBAPIError as error:
+            raise StorageError(f"database: {error.orig}") from error
+        return not busy
 
     # --- Devices ------------------------------------------------------------------------------------------------------
 
@@ -346,7 +419,7 @@ class Store:
     def published(self) -> dict[Digest, BlobRef]:
         """Objects whose chunks the broker may hold."""
         rows = self._read(sa.select(tables.published))
-        return {Digest(bytes(row["digest"])): _ref(row["ref"]) for row in rows}
+        return {Digest(bytes(row["digest"])): read_ref(row["ref"]) for row in rows}
 
     def add_published(self, ref: BlobRef) -> None:
         """Enter an object before its first chunk is sent."""
@@ -372,156 +445,3 @@ class Store:
         for row in self._read(sa.select(e.c.reveal_blob).where(e.c.reveal_blob.is_not(None))):
             names.add(bytes(row["reveal_blob"]))
         return names | set(self.published())
-
-
-def pack(value: Any) -> bytes:
-    """Small structures for a column."""
-    packed = msgpack.packb(value, use_bin_type=True)
-    assert isinstance(packed, bytes)
-    return packed
-
-
-def unpack(data: bytes) -> Any:
-    """What `pack` packed.
-
-    Raises:
-        StorageError: it is damaged.
-    """
-    try:
-        return codec.unpack(bytes(data), limit=len(data))
-    except RemoteProtocolError as error:
-        raise StorageError(f"database: {error}") from error
-
-
-def _ref(data: bytes | None) -> BlobRef:
-    assert data is not None
-    try:
-        return codec.decode(BlobRef, bytes(data), limit=len(data))
-    except RemoteProtocolError as error:
-        raise StorageError(f"database: {error}") from error
-
-
-def _bytes(value: Any) -> bytes | None:
-    return None if value is None else bytes(value)
-
-
-def _version_row(r: VersionRecord) -> dict[str, Any]:
-    return {
-        "version": r.version,
-        "parent": r.parent,
-        "origin": r.origin.value,
-        "source": r.source,
-        "name": r.name,
-        "sha256": r.sha256,
-        "size": r.size,
-        "file": r.file,
-        "card": r.card,
-        "card_ref": codec.encode(r.card_ref),
-        "full_ref": None if r.full_ref is None else codec.encode(r.full_ref),
-        "patch_ref": None if r.patch_ref is None else codec.encode(r.patch_ref),
-        "round": r.round,
-        "plan_hash": r.plan_hash,
-        "contributors": r.contributors,
-        "weight": r.weight,
-        "metrics": pack(r.metrics),
-        "created": r.created,
-        "state": r.state,
-        "clips": pack(r.clips.to_dict()),
-    }
-
-
-def _version(row: Any) -> VersionRecord:
-    return VersionRecord(
-        version=row["version"],
-        parent=row["parent"],
-        origin=Origin(row["origin"]),
-        source=row["source"],
-        name=row["name"],
-        sha256=bytes(row["sha256"]),
-        size=row["size"],
-        file=_bytes(row["file"]),
-        card=bytes(row["card"]),
-        card_ref=_ref(row["card_ref"]),
-        full_ref=None if row["full_ref"] is None else _ref(row["full_ref"]),
-        patch_ref=None if row["patch_ref"] is None else _ref(row["patch_ref"]),
-        round=row["round"],
-        plan_hash=_bytes(row["plan_hash"]),
-        contributors=row["contributors"],
-        weight=row["weight"],
-        metrics=unpack(row["metrics"]),
-        created=row["created"],
-        state=_bytes(row["state"]),
-        clips=ClipState.from_dict(unpack(row["clips"])),
-    )
-
-
-def _round_row(r: RoundRecord) -> dict[str, Any]:
-    return {
-        "number": r.number,
-        "plan_hash": r.plan_hash,
-        "plan": r.plan,
-        "base": r.base,
-        "awaited": pack(sorted(r.awaited)),
-        "opened": r.opened,
-        "expires": r.expires,
-        "outcome": r.outcome,
-        "reason": r.reason[:2000],
-        "closed": r.closed,
-        "version": r.version,
-        "participants": r.participants,
-        "weight": r.weight,
-        "update_bytes": r.update_bytes,
-        "patch_bytes": r.patch_bytes,
-        "accuracy": r.accuracy,
-        "report": pack(r.report),
-    }
-
-
-def _round(row: Any) -> RoundRecord:
-    values = dict(row)
-    values |= {
-        "plan_hash": bytes(row["plan_hash"]),
-        "plan": bytes(row["plan"]),
-        "awaited": frozenset(unpack(row["awaited"])),
-        "report": unpack(row["report"]),
-    }
-    return RoundRecord(**values)
-
-
-def _exchange_row(r: ExchangeRecord) -> dict[str, Any]:
-    return {
-        "round": r.round,
-        "gateway": r.gateway,
-        "proposal_head": r.proposal_head,
-        "proposal": r.proposal,
-        "commit_head": r.commit_head,
-        "commit": r.commit,
-        "members": pack([[m.device, m.site, m.message_id, m.head, m.size] for m in r.members]),
-        "count": len(r.members),
-        "update_bytes": sum(m.size for m in r.members),
-        "counts": pack([r.declined, r.rejected, r.excluded]),
-        "reveal_head": r.reveal_head,
-        "receipt": r.receipt,
-    }
-
-
-def _exchange(row: Any) -> ExchangeRecord:
-    members = tuple(
-        Member(device=device, site=site, message_id=MessageId(message_id), head=Digest(head), size=size)
-        for device, site, message_id, head, size in unpack(row["members"])
-    )
-    declined, rejected, excluded = unpack(row["counts"])
-    return ExchangeRecord(
-        round=row["round"],
-        gateway=row["gateway"],
-        proposal_head=bytes(row["proposal_head"]),
-        proposal=bytes(row["proposal"]),
-        commit_head=bytes(row["commit_head"]),
-        commit=bytes(row["commit"]),
-        members=members,
-        declined=declined,
-        rejected=rejected,
-        excluded=excluded,
-        reveal_head=_bytes(row["reveal_head"]),
-        receipt=_bytes(row["receipt"]),
-    )

@@ -6,8 +6,11 @@ from typing import Final
 
 from sqlalchemy import BigInteger, Column, Float, Integer, LargeBinary, MetaData, String, Table
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 """Version of this schema; stored in the database and checked before it is used."""
+
+MIGRATIONS: Final = {1: ("ALTER TABLE exchanges ADD COLUMN result {binary}",)}
+"""Statements that make the next schema of one, beside the tables that are new in it; ``binary``: the type of bytes."""
 
 metadata = MetaData()
 
@@ -85,9 +88,18 @@ exchanges = Table(
     Column("reveal_words", LargeBinary),
     Column("reveal_blob", LargeBinary(32)),
     Column("receipt", LargeBinary),
+    Column("result", LargeBinary),
 )
 """What passed between the coordinator and one gateway in a round. The partial's words are here where they are small,
 which saves a sync, else in the blob store under ``reveal_blob``; both are forgotten when the round is closed."""
+
+seals = Table(
+    "seals",
+    metadata,
+    Column("round", BigInteger, primary_key=True, autoincrement=False),
+    Column("secret", LargeBinary(32), nullable=False),
+)
+"""The seal secret of the open round in split mode; deleted when it is over."""
 
 devices = Table(
     "devices",

@@ -5,11 +5,21 @@ from __future__ import annotations
 from fleetfed.cloud_coordinator.config import RoundSettings
 from fleetfed.cloud_coordinator.storage.records import VersionRecord
 from fleetfed.shared.aggregate.lanes import choose_lane_bits
+from fleetfed.shared.wire.masking import Split
 from fleetfed.shared.wire.messages import Eligibility, Plan, Quantization, Quorum
 
 
 def make_plan(
-    settings: RoundSettings, *, number: int, base: VersionRecord, dimension: int, tiers: int, now: int, nonce: bytes
+    settings: RoundSettings,
+    *,
+    number: int,
+    base: VersionRecord,
+    dimension: int,
+    tiers: int,
+    now: int,
+    nonce: bytes,
+    split: Split | None = None,
+    policy: int = 0,
 ) -> Plan:
     """Return the plan of round ``number``.
 
@@ -21,6 +31,11 @@ def make_plan(
         tiers: gateways between a device and the coordinator, at most.
         now: unix milliseconds.
         nonce: 16 unpredictable bytes.
+        split: how updates are masked, in split mode.
+        policy: version of the pinned policy in force.
+
+    Raises:
+        ValueError: no lane is wide enough for so many contributions of so many bits.
     """
     return Plan(
         round=number,
@@ -47,4 +62,7 @@ def make_plan(
         deadline=now + round(settings.deadline * 1000),
         expires=now + round(settings.expires * 1000),
         nonce=nonce,
+        mode=settings.mode,
+        split=split,
+        policy=policy,
     )

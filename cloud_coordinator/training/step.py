@@ -10,7 +10,7 @@ what the patch makes of the base, which is what every device will hold.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgpack
 import numpy as np
@@ -18,14 +18,16 @@ import numpy as np
 from fleetfed.cloud_coordinator.config import PatchConfig
 from fleetfed.cloud_coordinator.training.clips import ClipConfig, ClipState, next_clips
 from fleetfed.cloud_coordinator.training.optimizers import OptimizerConfig, make_optimizer
+from fleetfed.cloud_coordinator.training.robust import RobustRule
 from fleetfed.shared.aggregate.accumulator import Partial, Ring, check_partial
 from fleetfed.shared.aggregate.meta import MetaSum
-from fleetfed.shared.aggregate.quantize import mean_delta
 from fleetfed.shared.aggregate.scheme import Scheme, scheme_of
 from fleetfed.shared.errors import FleetFedError, StorageError
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.model.patch import Patched, Weights, make_patch
 from fleetfed.shared.wire.messages import Plan
+
+_SUM: Final = RobustRule()
 
 
 class StepError(FleetFedError):
@@ -119,6 +121,7 @@ def take_step(
     state: ServerState,
     clips: ClipState,
     config: StepConfig,
+    robust: RobustRule = _SUM,
 ) -> Step:
     """Make the next version.
 
@@ -130,6 +133,7 @@ def take_step(
         state: what the version before left.
         clips: the plan's clips with what steers them.
         config: how to step.
+        robust: how the sums that ``total`` was made of are combined.
 
     Raises:
         StepError: the sum is impossible, or the optimizer leaves the finite numbers.
@@ -142,7 +146,7 @@ def take_step(
         # Another optimizer, since the settings changed, begins anew: moments mean nothing to it.
         if state.name == config.optimizer.name:
             optimizer.restore(state.optimizer)
-        step = optimizer.step(mean_delta(total.values(), grid, weight=meta.weight))
+        step = optimizer.step(robust.mean(total, grid, weight=meta.weight))
         patched = make_patch(
             base,
             step,

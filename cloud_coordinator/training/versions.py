@@ -17,6 +17,7 @@ from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
 from fleetfed.cloud_coordinator.storage.records import Origin, VersionRecord
 from fleetfed.cloud_coordinator.training.clips import ClipConfig, first_clips
 from fleetfed.cloud_coordinator.training.evaluate import Evaluator
+from fleetfed.cloud_coordinator.training.robust import RobustRule
 from fleetfed.cloud_coordinator.training.step import ServerState, Step, StepConfig, take_step
 from fleetfed.shared.aggregate.accumulator import Partial
 from fleetfed.shared.aggregate.meta import MetaSum
@@ -229,6 +230,7 @@ def version_of_round(
     full_every: int,
     blobs: BlobStore,
     evaluator: Evaluator | None,
+    robust: RobustRule,
 ) -> tuple[VersionRecord, MetaSum]:
     """Step, evaluate, store the objects: all of a round's computation, in whatever thread.
 
@@ -248,6 +250,7 @@ def version_of_round(
         state=ServerState() if base.state is None else ServerState.decode(blobs.get(base.state)),
         clips=base.clips,
         config=config,
+        robust=robust,
     )
     metrics: dict[str, float] = {}
     if evaluator is not None:

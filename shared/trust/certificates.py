@@ -120,6 +120,17 @@ def issuer(encoded: bytes) -> KeyId:
     return KeyId(_FIXED.unpack_from(encoded)[-1])
 
 
+def claimed_site(encoded: bytes) -> str | None:
+    """The site that a certificate claims, None for bytes that claim none; nothing is verified."""
+    texts: list[bytes] = []
+    position = _FIXED.size
+    while position < len(encoded) - SIGNATURE_SIZE and len(texts) < 3:
+        end = position + 1 + encoded[position]
+        texts.append(encoded[position + 1 : end])
+        position = end
+    return texts[2].decode("ascii", errors="replace") if len(texts) == 3 else None
+
+
 def verify(encoded: bytes, authority_key: bytes) -> Certificate:
     """Check the authority's signature and parse. Validity in time, revocation and role are the caller's to check.
 

@@ -1,0 +1,67 @@
+"""The secret of a round's seal key: made and stored before the plan leaves, gone from the disk when the round is over.
+
+Whoever has it can open every mask seed of the round. So it lives in a table of its own, which is overwritten when a row
+is deleted (SQLite's ``secure_delete``), and the write-ahead log is emptied after that: a copy of the database that is
+taken later holds nothing that opens what was recorded earlier.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from fleetfed.cloud_coordinator.storage.store import Store
+from fleetfed.shared.errors import StorageError
+from fleetfed.shared.secure.box import SealSecret
+from fleetfed.shared.secure.kdf import KEY_SIZE
+
+_log = logging.getLogger(__name__)
+
+
+class Seals:
+    """See the module.
+
+    Args:
+        store: the database.
+        randomness: returns so many unpredictable bytes.
+    """
+
+    def __init__(self, store: Store, randomness: Callable[[int], bytes]) -> None:
+        self._store = store
+        self._randomness = randomness
+        # A process before us may have died between the deletion and the emptying of the log.
+        self._dirty = True
+
+    def make(self) -> SealSecret:
+        """A fresh secret, stored nowhere yet."""
+        return SealSecret.from_bytes(self._randomness(KEY_SIZE))
+
+    def keep(self, number: int, secret: SealSecret) -> None:
+        """Store the secret of round ``number``; durable with the transaction around the call."""
+        self._store.add_seal(number, secret.encode())
+
+    def of(self, number: int) -> SealSecret:
+        """The secret of an open round.
+
+        Raises:
+            StorageError: it is not here.
+        """
+        secret = self._store.seal(number)
+        if secret is None:
+            raise StorageError(
+                f"the seal secret of round {number} is missing although the round is open; "
+                "restore the state folder from a backup of this round"
+            )
+        return SealSecret.from_bytes(secret)
+
+    def destroy(self, *, but: int = 0) -> None:
+        """Delete every secret, or all but that of round ``but``; `wipe` follows once that is durable."""
+        if self._store.drop_seals(but=but):
+            self._dirty = True
+
+    def wipe(self) -> None:
+        """Leave no trace of deleted secrets; to be called outside of any transaction, does nothing twice."""
+        if self._dirty:
+            self._dirty = not self._store.wipe()
+            if self._dirty:
+                _log.warning("the database's log could not be emptied, another program reads it; tried again later")
