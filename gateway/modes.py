@@ -14,6 +14,7 @@ from fleetfed.gateway.plain import PlainRules
 from fleetfed.gateway.record import Accepted, RoundSecrets
 from fleetfed.gateway.summation import Summation
 from fleetfed.shared.aggregate.accumulator import Partial, Ring
+from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.wire.envelope import Head, Header
 from fleetfed.shared.wire.messages import Plan, Reveal
 from fleetfed.shared.wire.update import UpdateExtension
@@ -83,3 +84,21 @@ def rules_of(plan: Plan, ring: Ring) -> Rules:
         RemoteProtocolError: `WRONG_SHAPE`: the plan asks for what this program does not do.
     """
     return PlainRules(plan, ring) if plan.split is None else MaskedRules(plan, plan.split, ring)
+
+
+def check_scale(extension: UpdateExtension, ring: Ring) -> None:
+    """Compare the numbers that an update says it has with those that its plan, whatever the mode, asks for.
+
+    Raises:
+        RemoteProtocolError: `WRONG_SHAPE`.
+    """
+    layout = ring.layout
+    wanted = (
+        ("bits", extension.bits, ring.bits),
+        ("lane_bits", extension.lane_bits, layout.lane_bits),
+        ("dimension", extension.dimension, layout.dimension),
+        ("meta_words", extension.meta_words, layout.meta_words),
+    )
+    for name, said, planned in wanted:
+        if said != planned:
+            raise RemoteProtocolError(RejectReason.WRONG_SHAPE, f"{name} is {said}, the plan has {planned}")

@@ -103,8 +103,8 @@ class Performer:
         self._fresh: dict[MessageId, bytes] = {}
         self._fresh_proposals: dict[str, bytes] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.plan = b""
-        self.cosign = b""
+        self._plan = b""
+        self._cosign = b""
         self.census = b""
         self.accepted = 0
 
@@ -128,7 +128,7 @@ class Performer:
         Raises:
             StorageError: a stored update does not open, or what opens it is missing.
         """
-        self.plan, self.cosign = stored.plan, stored.cosign
+        self._plan, self._cosign = stored.plan, stored.cosign
         if rnd.state in (RoundState.REVEALED, RoundState.CLOSED):
             return
         self._sum = rnd.rules.summation(stored.secrets, site=self._site.site)
@@ -136,6 +136,10 @@ class Performer:
             self._sum.rebuild(self._journal.updates(rnd.own_part()), self._journal.reveals())
         except RemoteProtocolError as error:
             raise StorageError(f"the journal holds an update that does not decode: {error}") from error
+
+    def retained(self) -> tuple[tuple[Broadcast, bytes], ...]:
+        """What the site's broker keeps for us of the round, and may have lost; empty for nothing."""
+        return ((Broadcast.PLAN, self._plan), (Broadcast.COSIGN, self._cosign))
 
     async def drain(self) -> None:
         """Wait until what was to be sent has been sent or given up."""
@@ -235,11 +239,11 @@ class Performer:
             case ev.DiscardParcel(update=update):
                 update.parcel.opened = None
             case ev.PublishPlan(raw):
-                self.plan = raw
+                self._plan = raw
                 topic = self._site.broadcast(Broadcast.PLAN)
                 self._pipeline.send(lambda: self.publish(self._below, topic, raw, retain=True))
             case ev.PublishCosign():
-                cosign, where = self.cosign, self._site.broadcast(Broadcast.COSIGN)
+                cosign, where = self._cosign, self._site.broadcast(Broadcast.COSIGN)
                 self._pipeline.send(lambda: self.publish(self._below, where, cosign, retain=True))
             case ev.PublishCensus(census):
                 self.census = self._sign(MessageKind.CENSUS, census).encode()
@@ -290,7 +294,7 @@ class Performer:
                 self._sum = None
                 pipeline.store(rows.aborted_rows(instruction))
             case ev.ForgetRound():
-                self._sum, self.cosign = None, b""
+                self._sum, self._cosign = None, b""
                 pipeline.store(rows.forget_rows(instruction))
             case _:
                 raise AssertionError(f"nobody performs {instruction}")
@@ -300,15 +304,15 @@ class Performer:
         assert rnd is not None
         plan, secrets = rnd.record.plan, rnd.rules.new_secrets(self._randomness)
         self._sum = rnd.rules.summation(secrets, site=self._site.site)
-        self.cosign = b""
+        self._cosign = b""
         if secrets is not None:
             body, now = Cosign(plan=event.hash, seal_key=secrets.seal.public), self._clock()
             lifetime = plan.expires - now
-            self.cosign = self._signer.sign(
+            self._cosign = self._signer.sign(
                 MessageKind.COSIGN, body, now=now, round=plan.round, lifetime=lifetime
             ).encode()
         self._pipeline.store(
-            rows.round_rows(event, secrets=b"" if secrets is None else secrets.encode(), cosign=self.cosign)
+            rows.round_rows(event, secrets=b"" if secrets is None else secrets.encode(), cosign=self._cosign)
         )
         _log.info("round %d opens, %s mode, model version %d", plan.round, plan.mode, plan.model_version)
 

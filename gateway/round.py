@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 from fleetfed.gateway import events as ev
-from fleetfed.gateway.modes import rules_of
+from fleetfed.gateway.modes import check_scale, rules_of
 from fleetfed.gateway.record import Accepted, Child, Place, RoundRecord, RoundState, Sent, bounded, close_time
 from fleetfed.shared.aggregate.accumulator import Ring
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
@@ -135,18 +135,9 @@ class RoundMachine(Machine[RoundState]):
             RemoteProtocolError: the first rule that it breaks, in the protocol's order.
         """
         plan, header = self.record.plan, head.header
-        wanted = replace(
-            extension,
-            bits=plan.quantization.bits,
-            lane_bits=plan.quantization.lane_bits,
-            dimension=self.ring.layout.dimension,
-            meta_words=self.ring.meta.words,
-            plan=self.record.hash,
-        )
         if header.round != plan.round:
             raise RemoteProtocolError(RejectReason.WRONG_ROUND, f"{header.round}, open is {plan.round}")
-        if extension != wanted:
-            raise RemoteProtocolError(RejectReason.WRONG_SHAPE, _difference(extension, wanted))
+        check_scale(extension, self.ring)
         self.rules.check_update(header, extension)
         if extension.model_sha256 != plan.model_sha256:
             raise RemoteProtocolError(RejectReason.WRONG_MODEL)
@@ -533,9 +524,3 @@ class RoundMachine(Machine[RoundState]):
         **{(state, ev.UpstreamConnected): Edge("_connect") for state in (_S.OPEN, *_PAST)},
         **{(state, ev.UpstreamLost): Edge("_disconnect") for state in (_S.OPEN, *_PAST)},
     }
-
-
-def _difference(extension: UpdateExtension, wanted: UpdateExtension) -> str:
-    names = ("bits", "lane_bits", "dimension", "meta_words")
-    pairs = ((name, getattr(extension, name), getattr(wanted, name)) for name in names)
-    return ", ".join(f"{name} is {said}, planned {planned}" for name, said, planned in pairs if said != planned)

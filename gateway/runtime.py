@@ -311,12 +311,7 @@ class Gateway:
         if first or not session_present:
             # The broker may have lost what it retained for us, or a process before us has left something else.
             self.relay.republish()
-            retained = (
-                (Broadcast.REVOKED, self._revoked_raw),
-                (Broadcast.PLAN, self.performer.plan),
-                (Broadcast.COSIGN, self.performer.cosign),
-            )
-            for what, raw in retained:
+            for what, raw in ((Broadcast.REVOKED, self._revoked_raw), *self.performer.retained()):
                 if raw:
                     await self._say(self._below, self.site.broadcast(what), raw)
         else:

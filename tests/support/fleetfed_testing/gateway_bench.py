@@ -68,6 +68,7 @@ class Bench:
         self.budget = 1 << 20
         self.settled = 0
         self.place = Place(gateway=name, direct=upstream == "_")
+        self.make_journal: Callable[[Path], Journal] = Journal
         self.randomness: Callable[[int], bytes] = secrets.token_bytes
         self.below, self.above = Recorder(), Recorder()
         fleet.identity(name, Role.GATEWAY, site)
@@ -79,7 +80,7 @@ class Bench:
         self.verifier = identity.verifier()
         self.counters = Counters()
         self._threads = [ThreadPoolExecutor(1) for _ in range(2)]
-        self.journal = Journal(self.state / "journal.db")
+        self.journal = self.make_journal(self.state / "journal.db")
         self.pipeline = Pipeline(self.journal, self._threads[0])
         self.worker = Worker(self._threads[1])
         stored = self.journal.load()
@@ -134,6 +135,9 @@ class Bench:
             self.performer.restore(rnd, stored)
         self._tasks = [asyncio.create_task(self.pipeline.run()), asyncio.create_task(self.worker.run())]
         self.performer.perform(self.machine.resume(fleet.now))
+        for what, raw in self.performer.retained():
+            if raw:
+                await self.below.publish(self.site.broadcast(what), raw, retain=True)
         self.performer.feed(ev.SiteConnected(self.settled))
         if connected:
             self.performer.feed(ev.UpstreamConnected())

@@ -26,7 +26,7 @@ from fleetfed.shared.trust.keys import SigningKey
 from fleetfed.shared.trust.signer import Message, Signer
 from fleetfed.shared.wire.blobs import Publishable, publishable
 from fleetfed.shared.wire.envelope import Digest, Head, Header, MessageKind
-from fleetfed.shared.wire.masking import Cosign, SealKey, Split
+from fleetfed.shared.wire.masking import Cosign, NonceHash, SealKey, Split
 from fleetfed.shared.wire.messages import (
     Commit,
     Decline,
@@ -404,9 +404,19 @@ class SignedFleet:
 
     # --- Gateways below ------------------------------------------------------------------------------------------
 
-    def proposal(self, gateway: str, plan: Plan, hash: Digest, updates: list[Message], *, site: str) -> Message:
-        """A child's signed proposal."""
-        body = Proposal(plan=hash, heads=tuple(update.head.encode() for update in updates))
+    def proposal(
+        self,
+        gateway: str,
+        plan: Plan,
+        hash: Digest,
+        updates: list[Message],
+        *,
+        site: str,
+        nonces: Iterable[tuple[str, bytes]] = (),
+    ) -> Message:
+        """A child's signed proposal; ``nonces`` are the hashes of sites' nonces."""
+        hashes = tuple(NonceHash(site=name, hash=nonce) for name, nonce in nonces)
+        body = Proposal(plan=hash, heads=tuple(update.head.encode() for update in updates), nonces=hashes)
         return self.signer(gateway, Role.GATEWAY, site).sign(MessageKind.PROPOSE, body, now=self.now, round=plan.round)
 
     def reveal(self, gateway: str, plan: Plan, reveal: Reveal, *, site: str) -> Message:
