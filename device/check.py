@@ -9,14 +9,17 @@ import numpy as np
 
 from fleetfed.device import update
 from fleetfed.device.config import DeviceConfig
+from fleetfed.device.status import privacy, privacy_line
 from fleetfed.device.store import Store
 from fleetfed.device.trainer import Task, Trained, TrainingDeclinedError, make_trainer
 from fleetfed.shared import dataset
 from fleetfed.shared.aggregate.lanes import choose_lane_bits
+from fleetfed.shared.aggregate.scheme import scheme_of
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.mqtt.tls import client_context
+from fleetfed.shared.secure.split import body_size
 from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.wire.messages import Eligibility, Plan, Quantization, Training
 
@@ -43,6 +46,7 @@ def check(settings: DeviceConfig, identity: Identity) -> Iterator[str]:
     trainer = make_trainer(settings)
     store = Store(settings.state)
     try:
+        yield f"privacy    {privacy_line(privacy(store.account(certificate.fleet)))}"
         models = store.facts().models
         if not models:
             yield _without_model(settings)
@@ -109,8 +113,10 @@ def _contribution(trained: Trained, card: ModelCard, version: int, sha256: bytes
         nonce=bytes(16),
     )
     prepared = update.prepare(trained, plan, card, rng=np.random.default_rng(), residual=None)
+    masked = body_size(scheme_of(plan, tuple(slot.size for slot in card.tensors)).ring.layout.n_words)
     norm = math.sqrt(float(np.dot(trained.delta, trained.delta)))
     return (
         f"update     {len(prepared.body)} bytes at {_BITS} bits ({4 * card.parameters} as float32), "
-        f"weight {prepared.weight}, norm {norm:.4g}"
+        f"weight {prepared.weight}, norm {norm:.4g}\n"
+        f"masked     {masked} bytes in split mode, whatever was learned"
     )

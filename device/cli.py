@@ -156,7 +156,9 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _status_lines(status: dict[str, Any]) -> list[str]:
-    wire, privacy = status["wire"], status.get("privacy", {})
+    from fleetfed.device.status import privacy_line
+
+    wire = status["wire"]
     model = f"version {status['model_version']}, {status['model_sha256'][:12]}" if status["model_version"] else "none"
     lines = [
         f"device     {status['id']} ({status['software']}, pid {status['pid']})",
@@ -164,7 +166,7 @@ def _status_lines(status: dict[str, Any]) -> list[str]:
         f"model      {model}",
         f"traffic    {wire['sent']} bytes sent, {wire['received']} received",
         f"memory     {status['rss_mb_max']} MB at most",
-        f"privacy    {_privacy(privacy)}",
+        f"privacy    {privacy_line(status.get('privacy', {}))}",
         f"refused    {', '.join(f'{k} {v}' for k, v in status['rejected'].items()) or 'nothing'}",
     ]
     for row in status["rounds"][-10:]:
@@ -176,16 +178,6 @@ def _status_lines(status: dict[str, Any]) -> list[str]:
         if row.get("detail"):
             lines.append(f"           {row['detail']}")
     return lines
-
-
-def _privacy(privacy: dict[str, Any]) -> str:
-    """What the ledger says of rounds with differential privacy."""
-    if not privacy.get("most"):
-        return "no round with differential privacy yet"
-    return (
-        f"{privacy['participations']} of {privacy['most']} participations, {privacy['left']} left; "
-        f"the last in round {privacy['last_round']}"
-    )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,24 @@ _MOST_ROUNDS: Final = 1000
 _MOST_BYTES: Final = 4 << 20
 
 
+def privacy(account: Account) -> dict[str, int]:
+    """What the ledger says, for the status."""
+    return {
+        "participations": account.participations,
+        "most": account.most,
+        "left": max(account.most - account.participations, 0),
+        "last_round": account.last_round,
+    }
+
+
+def privacy_line(told: dict[str, int]) -> str:
+    """The same for people."""
+    if not told.get("most"):
+        return "no round with differential privacy yet"
+    last = f"; the last in round {told['last_round']}" if told["participations"] else ""
+    return f"{told['participations']} of {told['most']} participations, {told['left']} left{last}"
+
+
 class StatusFile:
     """Collects and writes the status.
 
@@ -97,12 +115,7 @@ class StatusFile:
             "rss_mb_max": round(peak_mb(), 1),
             "rejected": self._rejected.snapshot(),
             "refused_by_broker": refused_by_broker,
-            "privacy": {
-                "participations": account.participations,
-                "most": account.most,
-                "left": max(account.most - account.participations, 0),
-                "last_round": account.last_round,
-            },
+            "privacy": privacy(account),
             "rounds": list(self._rounds.values()),
         }
         temporary = self._path.with_name(".status.json")

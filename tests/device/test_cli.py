@@ -82,6 +82,8 @@ def test_check_trains_one_step_and_says_what_it_would_send(folder: Path, capsys:
     assert "digits version 3" in said
     assert "1 step on 16 examples" in said
     assert "at 4 bits (24360 as float32), weight 40" in said
+    assert "masked     12" in said
+    assert "privacy    no round with differential privacy yet" in said
     store = Store(folder / "state")
     assert store.facts().answer is None
     store.close()
@@ -109,8 +111,19 @@ def test_status(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
                 "steps": 5,
                 "loss": 0.5,
                 "outcome": "accepted",
-            }
+            },
+            {
+                "round": 5,
+                "train_started": 0,
+                "train_ended": 0,
+                "update_bytes": 0,
+                "steps": 0,
+                "loss": 0.0,
+                "outcome": "declined:policy",
+                "detail": "below_policy: mode plain is not allowed",
+            },
         ],
+        "privacy": {"participations": 3, "most": 50, "left": 47, "last_round": 4},
     }
     (folder / "state").mkdir(exist_ok=True)
     (folder / "state" / "status.json").write_text(json.dumps(status))
@@ -118,6 +131,9 @@ def test_status(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "round 4     accepted, 5 steps in 1.5 s, loss 0.5000, 99 bytes" in said
     assert "late 2" in said
+    assert "privacy    3 of 50 participations, 47 left; the last in round 4" in said
+    assert "declined:policy" in said
+    assert "below_policy: mode plain is not allowed" in said
     assert run("status", "--config", folder / "device.toml", "--json") == 0
     assert json.loads(capsys.readouterr().out) == status
     (folder / "state" / "status.json").write_text("{")

@@ -30,6 +30,7 @@ from fleetfed.device.trainer import Trained, Trainer, make_trainer
 from fleetfed.shared.aggregate.accumulator import Accumulator, Ring
 from fleetfed.shared.aggregate.body import decode_body
 from fleetfed.shared.aggregate.lanes import levels
+from fleetfed.shared.aggregate.scheme import scheme_of
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.model.card import ModelCard
@@ -37,7 +38,19 @@ from fleetfed.shared.model.patch import make_patch
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.wire.blobs import Publishable, publishable
 from fleetfed.shared.wire.envelope import Head, MessageKind
-from fleetfed.shared.wire.messages import DeclineReason, Life, Manifest, Outcome, PatchRef, Revocations, Training
+from fleetfed.shared.wire.masking import SealKey
+from fleetfed.shared.wire.messages import (
+    DeclineReason,
+    Life,
+    Manifest,
+    Outcome,
+    PatchRef,
+    Quantization,
+    Revocations,
+    Training,
+    Weighting,
+)
+from fleetfed.shared.wire.privacy import Mechanism, Privacy
 from fleetfed.shared.wire.topics import Broadcast
 from fleetfed.shared.wire.update import UpdateExtension
 
@@ -213,6 +226,73 @@ def test_a_round_and_the_patch_after_it(site: Site) -> None:
     stop()
     site.gateway.wait(lambda: site.gateway.presence["d-1"].life is Life.SLEEPING)
     assert len(site.gateway.updates) == 1
+
+
+@pytest.mark.parametrize("helper", [False, True])
+def test_a_masked_round_and_a_restart_in_it(site: Site, helper: bool) -> None:
+    """Nothing leaves before the gateway cosigned; what leaves is masked, and after a restart the same bytes."""
+    gateway = site.gateway
+    gateway.receipts = "silent"
+    stop = site.thread()
+    site.publish_model()
+    plan, plan_hash = site.next_plan(split=gateway.split(helper=helper))
+    site.wait_status(lambda s: s["state"] == "waiting")
+    assert gateway.updates == []
+    gateway.publish_cosign(plan, plan_hash)
+    head, body = site.update(1)
+    stop()
+    gateway.receipts = None
+    site.thread()
+    site.update(2)
+    assert gateway.messages[0] == gateway.messages[1]
+    ring = scheme_of(plan, tuple(slot.size for slot in CARD.tensors)).ring
+    values, meta = ring.layout.unpack(gateway.unmask(head, body, ring.layout.n_words, helper=helper))
+    contribution = ring.meta.decode(meta)
+    assert (contribution.count, contribution.weight) == (1, 80)
+    assert np.count_nonzero(values) > 100
+    assert np.abs(values).max() <= levels(plan.quantization.bits)
+    status = site.wait_status(lambda s: s["rounds"][0]["outcome"] == "accepted")
+    assert status["rejected"] == {}
+
+
+def test_a_plan_that_is_refused_is_declined_and_shown(site: Site) -> None:
+    """Its helper's key is signed by a gateway."""
+    gateway = site.gateway
+    site.thread()
+    site.publish_model()
+    liar = gateway.signer.sign(MessageKind.SEAL_KEY, SealKey(helper="h", seal_key=bytes(range(32))), now=unix_ms())
+    plan, plan_hash = site.next_plan(split=dataclasses.replace(gateway.split(), helper=liar.encode()))
+    gateway.publish_cosign(plan, plan_hash)
+    gateway.wait(lambda: gateway.declines)
+    _, decline = gateway.declines[0]
+    assert (decline.plan, decline.reason) == (plan_hash, DeclineReason.POLICY)
+    assert decline.detail.startswith("wrong_role: the helper's key")
+    status = site.wait_status(lambda s: s["rounds"] and s["rounds"][0]["outcome"] == "declined:policy")
+    assert status["rejected"] == {"wrong_role": 1}
+    assert status["rounds"][0]["detail"] == decline.detail
+    assert gateway.updates == []
+
+
+def test_the_budget_of_noisy_rounds_ends(site: Site) -> None:
+    noisy = Privacy(
+        mechanism=Mechanism.CENTRAL, clip=100.0, noise_multiplier=1.0, max_participations=1, epsilon=1.0, delta=1e-6
+    )
+    quantization = Quantization(bits=4, lane_bits=16, clips=(0.05,) * len(CARD.tensors), weight_cap=1)
+    wanted = {"privacy": noisy, "quantization": quantization, "weighting": Weighting.UNIFORM}
+    stop = site.thread()
+    site.publish_model()
+    site.next_plan(**wanted)
+    site.update()
+    status = site.wait_status(lambda s: s["rounds"][-1]["outcome"] == "accepted")
+    assert status["privacy"] == {"participations": 1, "most": 1, "left": 0, "last_round": 1}
+    stop()
+    site.thread()
+    site.next_plan(**wanted)
+    site.gateway.wait(lambda: site.gateway.declines)
+    _, decline = site.gateway.declines[0]
+    assert (decline.reason, decline.detail) == (DeclineReason.PRIVACY_BUDGET, "took part 1 times of 1")
+    site.next_plan()
+    assert site.update(2)[0].header.round == 3
 
 
 @pytest.mark.mosquitto
