@@ -7,6 +7,8 @@
       fleet.toml        fleet name and authority public key (hex): what everybody may know
       members.json      every certificate ever issued
       enrollers/        certificates of the enrolment services, whose own certificates count for devices
+      coordinators/     certificates of the coordinators, whose keys trust metadata names
+      trust/            the owners' part of the trust metadata, see `fleetfed.cloud_coordinator.keys.owners`
       revocations.bin   the signed revocation list in force, as it is published
       tls/              the TLS authorities, see `fleetfed.cloud_coordinator.keys.pki`
       identities/ID/    one folder per member, as `fleetfed.shared.trust.identity` reads it
@@ -300,7 +302,7 @@ class Keyring:
             )
             authorities = Pki.open(self.directory / "tls")
             self._write((*members, *issued))
-            enrollers = tuple(each.public_key for each in self._enrollers(members))
+            enrollers = tuple(each.public_key for each in self._online(MemberRole.ENROLLER, members))
             for member, wish in zip(issued, wanted, strict=True):
                 folder = self.identity_folder(member.id)
                 self._write_signing_identity(member, folder, enrollers)
@@ -314,14 +316,22 @@ class Keyring:
         Raises:
             StorageError: the register, or a certificate of a service, is damaged.
         """
-        enrollers = (enrolment.enroller(each.public_key) for each in self._enrollers(self.members))
+        enrollers = (enrolment.enroller(each.public_key) for each in self.online(MemberRole.ENROLLER))
         return (Authority(self._authority.public, frozenset(Role)), *enrollers)
 
-    def _enrollers(self, members: Sequence[Member]) -> list[Certificate]:
+    def online(self, role: MemberRole) -> list[Certificate]:
+        """The certificates, not revoked, of the coordinators or of the enrolment services.
+
+        Raises:
+            StorageError: the register, or one of them, is damaged.
+        """
+        return self._online(role, self.members)
+
+    def _online(self, role: MemberRole, members: Sequence[Member]) -> list[Certificate]:
         found = []
         for member in members:
-            if member.role is MemberRole.ENROLLER and not member.revoked:
-                path = self.directory / "enrollers" / f"{member.serial}.bin"
+            if member.role is role and not member.revoked:
+                path = self.directory / f"{role}s" / f"{member.serial}.bin"
                 try:
                     found.append(certificates.verify(path.read_bytes(), self._authority.public))
                 except FileNotFoundError:
@@ -451,8 +461,9 @@ class Keyring:
             authority_key=self._authority.public,
             enrollers=enrollers,
         )
-        if member.role is MemberRole.ENROLLER:
-            write_atomic(self.directory / "enrollers" / f"{member.serial}.bin", identity.encoded_certificate)
+        if member.role in (MemberRole.ENROLLER, MemberRole.COORDINATOR):
+            path = self.directory / f"{member.role}s" / f"{member.serial}.bin"
+            write_atomic(path, identity.encoded_certificate)
         identity.save(folder)
 
     def _write_tls_identity(self, authorities: Pki, wish: NewMember, folder: Path, now: int) -> None:

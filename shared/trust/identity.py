@@ -7,6 +7,9 @@
       signing.key       Ed25519 seed, 0600
       certificate.bin   the fleet certificate of that key
       tls/ca.pem  tls/cert.pem  tls/key.pem      for the broker's TLS
+      trust/root.json           the pinned root of the fleet's trust metadata; without it certificates alone decide
+      trust/bundle.bin          what the owners had signed when the identity was issued
+      trust/*.key               coordinator only: the keys of timestamp and snapshot
 """
 
 from __future__ import annotations
@@ -30,6 +33,9 @@ FLEET_FILE: Final = "fleet.toml"
 KEY_FILE: Final = "signing.key"
 CERTIFICATE_FILE: Final = "certificate.bin"
 TLS_DIRECTORY: Final = "tls"
+TRUST_DIRECTORY: Final = "trust"
+ROOT_FILE: Final = "root.json"
+BUNDLE_FILE: Final = "bundle.bin"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +49,8 @@ class Identity:
         issuer_key: who issued the certificate, where it was an enrolment service; else empty.
         enrollers: public keys of the enrolment services whose devices count here; trust metadata replaces them.
         spent: participations with which this member's privacy ledger begins (docs/enrolment.md).
+        root: the pinned root of the fleet's trust metadata; empty where the fleet has none.
+        bundle: what the owners had signed when the identity was issued.
     """
 
     key: SigningKey
@@ -52,6 +60,8 @@ class Identity:
     issuer_key: bytes = b""
     enrollers: tuple[bytes, ...] = ()
     spent: int = 0
+    root: bytes = b""
+    bundle: bytes = b""
 
     @classmethod
     def load(cls, directory: Path, *, role: Role | None = None) -> Identity:
@@ -93,6 +103,8 @@ class Identity:
             issuer_key=issuer,
             enrollers=enrollers,
             spent=spent,
+            root=_optional(directory / TRUST_DIRECTORY / ROOT_FILE),
+            bundle=_optional(directory / TRUST_DIRECTORY / BUNDLE_FILE),
         )
 
     def save(self, directory: Path) -> None:
@@ -114,6 +126,9 @@ class Identity:
             lines.append(f"enrollers = {json.dumps([each.hex() for each in self.enrollers])}")
         if self.spent:
             lines.append(f"spent = {self.spent}")
+        if self.root:
+            write_atomic(directory / TRUST_DIRECTORY / ROOT_FILE, self.root)
+            write_atomic(directory / TRUST_DIRECTORY / BUNDLE_FILE, self.bundle)
         write_atomic(directory / FLEET_FILE, "\n".join((*lines, "")).encode())
 
     def signer(self, *, sequence: Callable[[], int], randomness: Callable[[int], bytes]) -> Signer:
@@ -127,3 +142,12 @@ class Identity:
             pinned = Authority(self.authority_key, frozenset(Role))
             verifier.trust([pinned, *(Authority(each, frozenset({Role.DEVICE})) for each in self.enrollers)])
         return verifier
+
+
+def _optional(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
