@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from fleetfed_testing.gateway_bench import Bench, opened
+from fleetfed_testing.gateway_split import SplitRound
 from fleetfed_testing.signed_fleet import SignedFleet
-from fleetfed_testing.split_site import SplitSite
 
 from fleetfed.gateway import events as ev
 from fleetfed.gateway.record import Place, RoundState
@@ -30,7 +30,7 @@ HELPERS = pytest.mark.parametrize("helper", [False, True], ids=["h1", "h2"])
 
 @HELPERS
 async def test_a_round_of_one_sum(bench: Bench, helper: bool) -> None:
-    site = await (await SplitSite(bench, 5, helper=helper).open()).answer()
+    site = await (await SplitRound(bench, 5, helper=helper).open()).answer()
     assert all(bench.receipts(name)[0].reason is None for name in site.names)
     head, proposal = bench.proposals()[0]
     assert sorted(proposal.heads) == sorted(update.head.encode() for update in site.updates.values())
@@ -45,7 +45,7 @@ async def test_a_round_of_one_sum(bench: Bench, helper: bool) -> None:
 
 
 async def test_the_cosignature_names_this_plan_and_follows_it(bench: Bench) -> None:
-    site = await SplitSite(bench, 2).open()
+    site = await SplitRound(bench, 2).open()
     topics = [topic for topic, _, retained in bench.below.sent if retained]
     assert topics == [bench.site.broadcast(Broadcast.PLAN), bench.site.broadcast(Broadcast.COSIGN)]
     raw = bench.below.on(topics[1])[0]
@@ -64,7 +64,7 @@ async def test_a_plain_round_has_no_cosignature_and_no_secret(bench: Bench) -> N
 
 
 async def test_what_the_commit_leaves_out_is_not_in_the_sum(bench: Bench) -> None:
-    site = await (await SplitSite(bench, 5).open()).answer()
+    site = await (await SplitRound(bench, 5).open()).answer()
     await site.committed("d-0", "d-2", "d-4")
     reveal = bench.reveals()[0][1]
     assert np.array_equal(site.unmasked(reveal, "d-0", "d-2", "d-4"), site.sum("d-0", "d-2", "d-4"))
@@ -72,7 +72,7 @@ async def test_what_the_commit_leaves_out_is_not_in_the_sum(bench: Bench) -> Non
 
 @HELPERS
 async def test_a_round_of_buckets(bench: Bench, helper: bool) -> None:
-    site = await (await SplitSite(bench, 11, bucket=3, minimum_cohort=3, helper=helper).open()).answer()
+    site = await (await SplitRound(bench, 11, bucket=3, minimum_cohort=3, helper=helper).open()).answer()
     ((_, proposal),) = bench.proposals()
     assert [nonce.site for nonce in proposal.nonces] == [bench.site.site]
     names = [name for name in site.names if name != "d-7"]
@@ -85,7 +85,7 @@ async def test_a_round_of_buckets(bench: Bench, helper: bool) -> None:
 
 
 async def test_a_part_smaller_than_two_buckets_makes_one(bench: Bench) -> None:
-    site = await (await SplitSite(bench, 5, bucket=3, minimum_cohort=2).open()).answer()
+    site = await (await SplitRound(bench, 5, bucket=3, minimum_cohort=2).open()).answer()
     await site.committed()
     reveal = bench.reveals()[0][1]
     assert [bucket.count for bucket in reveal.buckets] == [5]
@@ -94,14 +94,14 @@ async def test_a_part_smaller_than_two_buckets_makes_one(bench: Bench) -> None:
 
 
 async def test_a_gateway_without_updates_has_no_share_in_the_coin(bench: Bench) -> None:
-    await SplitSite(bench, 2, bucket=2).open()
+    await SplitRound(bench, 2, bucket=2).open()
     bench.timer(60_000)
     await bench.quiet()
     assert bench.proposals()[0][1].nonces == ()
 
 
 async def test_the_deal_depends_on_both_shares_of_the_coin(bench: Bench) -> None:
-    site = await (await SplitSite(bench, 12, bucket=3).open()).answer()
+    site = await (await SplitRound(bench, 12, bucket=3).open()).answer()
     nonce = bench.journal.load().secrets.nonce
     await site.committed()
     reveal = bench.reveals()[0][1]
@@ -116,7 +116,7 @@ async def test_the_deal_depends_on_both_shares_of_the_coin(bench: Bench) -> None
 @pytest.mark.parametrize("seed", range(4))
 async def test_no_order_and_no_repetition_changes_the_sum(bench: Bench, bucket: int, seed: int) -> None:
     rng = random.Random(seed)
-    site = await SplitSite(bench, 6, bucket=bucket).open()
+    site = await SplitRound(bench, 6, bucket=bucket).open()
     order = [name for name in site.names for _ in range(rng.randint(1, 3))]
     rng.shuffle(order)
     for name in order:
@@ -141,7 +141,7 @@ async def test_no_order_and_no_repetition_changes_the_sum(bench: Bench, bucket: 
 
 
 async def test_who_drops_out_is_simply_not_there(bench: Bench) -> None:
-    site = await (await SplitSite(bench, 6).open()).answer("d-0", "d-1", "d-2")
+    site = await (await SplitRound(bench, 6).open()).answer("d-0", "d-1", "d-2")
     bench.present("d-3", life=Life.DISCONNECTED)
     bench.timer(60_000)
     await bench.quiet()
@@ -155,7 +155,7 @@ async def test_who_drops_out_is_simply_not_there(bench: Bench) -> None:
 
 
 async def test_a_round_without_own_updates_reveals_nothing(bench: Bench) -> None:
-    site = await SplitSite(bench, 2).open()
+    site = await SplitRound(bench, 2).open()
     bench.timer(60_000)
     await bench.quiet()
     bench.commit(site.fleet.commit(site.hash, bench.proposals()[0][0].hash, [], gateway=bench.name))
@@ -181,8 +181,8 @@ class TwoTiers:
         for bench in (self.top, self.low):
             await bench.start()
         self.top.present("g-low", kind=Kind.GATEWAY)
-        self.above = SplitSite(self.top, count, tiers=2, **split)
-        self.below = SplitSite(self.low, count, prefix="e", tiers=2, **split)
+        self.above = SplitRound(self.top, count, tiers=2, **split)
+        self.below = SplitRound(self.low, count, prefix="e", tiers=2, **split)
         await self.above.open()
         plan = self.top.below.on(self.top.site.broadcast(Broadcast.PLAN))[0]
         self.low.present(*self.below.names)
@@ -320,7 +320,7 @@ async def test_a_masked_sum_from_below_of_another_size(tiers: TwoTiers) -> None:
 async def test_nobody_below_commits_to_a_nonce_in_our_name(bench: Bench) -> None:
     fleet = bench.fleet
     bench.present("g-low", kind=Kind.GATEWAY)
-    site = await SplitSite(bench, 2, bucket=2, tiers=2).open()
+    site = await SplitRound(bench, 2, bucket=2, tiers=2).open()
     below = [site.update(f"e-{number}", site="low", gateway_key=fleet.seal("g-low").public) for number in range(2)]
     nonces = tuple((name, bytes([number]) * 32) for number, name in enumerate(("low", bench.site.site)))
     proposal = fleet.proposal("g-low", site.plan, site.hash, below, site="low", nonces=nonces)
@@ -335,7 +335,7 @@ async def test_nobody_below_commits_to_a_nonce_in_our_name(bench: Bench) -> None
 
 
 async def test_every_update_has_one_length_whatever_is_in_it(bench: Bench) -> None:
-    site = await SplitSite(bench, 1).open()
+    site = await SplitRound(bench, 1).open()
     layout = bench.fleet.ring.layout
     cases = [layout.zeros(), np.full(layout.n_words, 2**64 - 1, dtype=np.uint64)]
     messages = [site.update("d-0", words=words) for words in cases] + [site.update("d-0", number=5)]
@@ -349,7 +349,7 @@ async def test_the_gateway_never_holds_what_a_device_has(fleet: SignedFleet, tmp
     bench = Bench(fleet, tmp_path / "state")
     bench.budget = 1 << 24
     await bench.start()
-    site = await SplitSite(bench, 4).open()
+    site = await SplitRound(bench, 4).open()
     packed = fleet.ring.layout.pack(np.full(20_000, 77, dtype=np.int8), fleet.meta())
     for name in site.names[:3]:
         bench.update(name, site.update(name, words=packed))
@@ -377,7 +377,7 @@ async def test_large_rounds_are_opened_and_revealed_off_the_loop(fleet: SignedFl
         bench = Bench(fleet, tmp_path / f"state-{bucket}")
         bench.budget = 1 << 26
         await bench.start()
-        site = await (await SplitSite(bench, 4, bucket=bucket).open()).answer()
+        site = await (await SplitRound(bench, 4, bucket=bucket).open()).answer()
         await site.committed()
         reveal = bench.reveals()[0][1]
         if bucket:
@@ -421,7 +421,7 @@ async def test_rounds_of_both_modes_follow_each_other(bench: Bench) -> None:
     keys = set()
     for number in range(1, 5):
         if number % 2:
-            site = await (await SplitSite(bench, 3, number=number).open()).answer()
+            site = await (await SplitRound(bench, 3, number=number).open()).answer()
             keys.add(bench.cosigns()[-1].seal_key)
             await site.committed()
             assert np.array_equal(site.unmasked(bench.reveals()[-1][1]), site.sum())
