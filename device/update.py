@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetfed.device.trainer import Trained
+from fleetfed.shared.aggregate.accumulator import Ring
 from fleetfed.shared.aggregate.body import encode_body
-from fleetfed.shared.aggregate.lanes import Words
+from fleetfed.shared.aggregate.lanes import Values, Words
 from fleetfed.shared.aggregate.meta import Contribution
 from fleetfed.shared.aggregate.quantize import NonFiniteDeltaError, quantize
 from fleetfed.shared.aggregate.scheme import scheme_of
@@ -133,6 +134,8 @@ def prepare(
     elif residual is None:
         residual = np.zeros(grid.dimension, dtype=np.float32)
     quantized = quantize(trained.delta, grid, weight=weight, rng=rng, residual=residual)
+    # As large as the model, and what follows needs room.
+    del residual
     contribution = Contribution(
         weight=weight,
         examples=trained.seen,
@@ -143,13 +146,7 @@ def prepare(
         clipped=quantized.clipped,
         log2_rms=quantized.log2_rms,
     )
-    meta, body, words = layout.encode(contribution), b"", None
-    if plan.mode is Mode.SPLIT:
-        words = scheme.ring.layout.pack(quantized.values, meta)
-        # The words are masked before they leave; what they were made of is not to outlive them.
-        quantized.values.fill(0)
-    else:
-        body = encode_body(quantized.values, meta, limit=grid.limit)
+    body, words = _pack(plan, scheme.ring, quantized.values, layout.encode(contribution), limit=grid.limit)
     return Prepared(
         body=body,
         words=words,
@@ -176,16 +173,26 @@ def _prepare_private(
     values, meta = add_device_noise(
         clipped.values, ring.meta.encode_private(beyond=clipped.beyond), ring, privacy, os.urandom(_NOISE_KEY)
     )
-    split = plan.mode is Mode.SPLIT
+    body, words = _pack(plan, ring, values, meta, limit=ring.own_limit)
     return Prepared(
-        body=b"" if split else encode_body(values, meta, limit=ring.own_limit),
-        words=ring.layout.pack(values, meta) if split else None,
+        body=body,
+        words=words,
         dimension=scheme.grid.dimension,
         meta_words=ring.meta.words,
         residual=None,
         weight=1,
         clipped=float(clipped.beyond),
     )
+
+
+def _pack(plan: Plan, ring: Ring, values: Values, meta: Words, *, limit: int) -> tuple[bytes, Words | None]:
+    """The body of plain mode, or the words of split mode, for which ``values`` are erased."""
+    if plan.mode is not Mode.SPLIT:
+        return encode_body(values, meta, limit=limit), None
+    words = ring.layout.pack(values, meta)
+    # The words are masked before they leave; what they were made of is not to outlive them.
+    values.fill(0)
+    return b"", words
 
 
 def sign(
