@@ -62,6 +62,13 @@ def test_a_role_imports_only_what_it_may(path: Path) -> None:
                 assert any(name(path).startswith(place) for place in places), module
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "cloud_coordinator" / "helper").rglob("*.py")), ids=name)
+def test_the_helper_shares_no_code_with_whom_it_checks(path: Path) -> None:
+    for module in imports(path):
+        if module.startswith("fleetfed."):
+            assert module.startswith(("fleetfed.shared", "fleetfed.cloud_coordinator.helper")), module
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -1,0 +1,284 @@
+"""What a helper checks of a request before it gives masks: all of it, itself, from the signed messages alone.
+
+Without that, gateway and coordinator would hand it a set of one. In this order:
+
+1. the plan: the coordinator's, of the policy, masked, not over, and it names a key of this helper's;
+2. the proposal: a gateway's, for that plan;
+3. the commit: the coordinator's, for that proposal and gateway;
+4. every member: proposed, once, its head a certified device's that is not revoked, for that plan and of its shape;
+5. per site: enough members and owners, not too many left out; in each bucket too;
+6. with buckets: the nonce of every site is the one that was committed to;
+7. every seed: sealed for this helper, to this header, and no other update's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from fleetfed.cloud_coordinator.helper.events import Claim, Key
+from fleetfed.cloud_coordinator.helper.state import SKEW
+from fleetfed.shared.aggregate.lanes import LaneLayout
+from fleetfed.shared.aggregate.scheme import scheme_of
+from fleetfed.shared.errors import RejectReason, RemoteProtocolError
+from fleetfed.shared.secure.box import Reader, SealSecret
+from fleetfed.shared.secure.buckets import check_nonce, deal
+from fleetfed.shared.secure.split import add_masks, binding_of, body_size, mask_key, open_seed
+from fleetfed.shared.trust.certificates import Certificate, claimed_site
+from fleetfed.shared.trust.verifier import Verifier
+from fleetfed.shared.wire.envelope import Digest, Head, MessageId, MessageKind, parse_head
+from fleetfed.shared.wire.masking import MaskRequest, Split
+from fleetfed.shared.wire.messages import Commit, Mode, Plan, Proposal, max_proposal
+from fleetfed.shared.wire.selection import takes
+from fleetfed.shared.wire.update import SPLIT, UpdateExtension
+
+T = TypeVar("T")
+
+_BOXES: Final = 3
+
+
+def _refused(reason: RejectReason, detail: str) -> RemoteProtocolError:
+    return RemoteProtocolError(reason, detail)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A request in which everything holds.
+
+    Attributes:
+        claim: what it wants.
+        commit: head hash of the commit.
+        sums: the keys of the masks in each sum, in the order of the answer.
+        n_words: words in a sum.
+    """
+
+    claim: Claim
+    commit: Digest
+    sums: tuple[tuple[bytes, ...], ...]
+    n_words: int
+
+    def add_up(self) -> tuple[bytes, ...]:
+        """The sums of masks, as they travel."""
+        return tuple(self._sum(keys) for keys in self.sums)
+
+    def _sum(self, keys: Iterable[bytes]) -> bytes:
+        words = LaneLayout(self.n_words, 64).zeros()
+        add_masks(words, keys)
+        return words.astype("<u8", copy=False).tobytes()
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    head: Head
+    certificate: Certificate
+
+
+def verify(
+    request: MaskRequest,
+    question: Digest,
+    *,
+    verifier: Verifier,
+    key: Callable[[bytes], Key | None],
+    secret: Callable[[bytes], SealSecret],
+    now: int,
+) -> Job:
+    """Check a request, see the module.
+
+    Args:
+        request: decoded, from a message that the coordinator signed.
+        question: hash of its body.
+        verifier: of the fleet.
+        key: returns the helper's key of a signed `SealKey`, None for none of its own.
+        secret: returns the secret of a public key.
+        now: unix milliseconds.
+
+    Raises:
+        RemoteProtocolError: the first check that fails.
+    """
+    plan, plan_hash, own = _plan(request, verifier=verifier, key=key, now=now)
+    split = plan.split
+    assert split is not None
+    layout = layout_of(plan)
+    most = max_proposal(plan.quorum.cohort_cap)
+    proposal, proposal_head, gateway = _open(verifier, request.proposal, Proposal, MessageKind.PROPOSE, now, most)
+    if proposal.plan != plan_hash or proposal_head.header.round != plan.round:
+        raise _refused(RejectReason.WRONG_PLAN, "the proposal is for another plan")
+    commit, commit_head, _ = _open(verifier, request.commit, Commit, MessageKind.COMMIT, now, most)
+    if commit.plan != plan_hash or commit_head.header.round != plan.round:
+        raise _refused(RejectReason.WRONG_PLAN, "the commit is for another plan")
+    if commit.proposal != proposal_head.hash or commit.gateway != gateway.id:
+        raise _refused(RejectReason.NOT_PROPOSED, "the commit answers another proposal")
+    members, left_out = _members(proposal, commit)
+    checked = {
+        name: _Member(head, _check_head(head, plan, plan_hash, layout, verifier=verifier, now=now))
+        for name, head in members.items()
+    }
+    sites = _by_site(checked)
+    _check_sites(sites, left_out, plan, split)
+    groups = _groups(sites, request.nonces, proposal, commit, split)
+    keys = _mask_keys(checked, secret(own.public))
+    claim = Claim(
+        question=question,
+        round=plan.round,
+        plan=plan_hash,
+        gateway=gateway.id,
+        key=own.public,
+        devices=frozenset(member.certificate.id for member in checked.values()),
+    )
+    sums = tuple(tuple(keys[name] for name in group) for group in groups)
+    return Job(claim=claim, commit=commit_head.hash, sums=sums, n_words=layout.n_words)
+
+
+def layout_of(plan: Plan) -> LaneLayout:
+    """The layout of a plan's words: how many coordinates each tensor has does not matter to it, only how many tensors.
+
+    Raises:
+        RemoteProtocolError: `WRONG_SHAPE`: the plan does not fit together.
+    """
+    tensors = len(plan.quantization.clips)
+    if plan.dimension < tensors:
+        raise _refused(RejectReason.WRONG_SHAPE, f"{plan.dimension} values in {tensors} tensors")
+    return scheme_of(plan, (plan.dimension - tensors + 1, *(1,) * (tensors - 1))).ring.layout
+
+
+def _plan(
+    request: MaskRequest, *, verifier: Verifier, key: Callable[[bytes], Key | None], now: int
+) -> tuple[Plan, Digest, Key]:
+    plan, head, _ = verifier.open(request.plan, Plan, kind=MessageKind.PLAN, now=now)
+    verifier.check_plan(plan, now=now)
+    if plan.mode is not Mode.SPLIT or plan.split is None or not plan.split.helper:
+        raise _refused(RejectReason.WRONG_PLAN, "the plan has no second seed holder")
+    if head.header.round != plan.round:
+        raise _refused(RejectReason.WRONG_ROUND, f"round {head.header.round} and {plan.round}")
+    if now > plan.expires + SKEW:
+        raise _refused(RejectReason.LATE, f"round {plan.round} was over at {plan.expires}")
+    own = key(plan.split.helper)
+    if own is None:
+        raise _refused(RejectReason.WRONG_PLAN, "the plan names a key that is not, or no longer, this helper's")
+    if plan.expires > own.expires:
+        raise _refused(RejectReason.EXPIRED, f"the round ends at {plan.expires}, its key at {own.expires}")
+    return plan, head.hash, own
+
+
+def _open(
+    verifier: Verifier, data: bytes, cls: type[T], kind: MessageKind, now: int, limit: int
+) -> tuple[T, Head, Certificate]:
+    header = parse_head(data).header
+    if max(header.body_size, header.raw_size) > limit:
+        raise _refused(RejectReason.TOO_LARGE, f"{kind.name}: {header.raw_size} bytes, limit {limit}")
+    return verifier.open(data, cls, kind=kind, now=now)
+
+
+def _members(proposal: Proposal, commit: Commit) -> tuple[dict[MessageId, Head], list[Head | None]]:
+    """The heads of the committed members, and those that are left out (None for what is no head)."""
+    names = [MessageId(commit.members[at : at + 16]) for at in range(0, len(commit.members), 16)]
+    if len(commit.members) % 16 or not names or any(a >= b for a, b in itertools.pairwise(names)):
+        raise _refused(RejectReason.MALFORMED, f"{len(commit.members)} bytes of members, or not sorted")
+    wanted = set(names)
+    found: dict[MessageId, Head] = {}
+    left_out: list[Head | None] = []
+    for raw in proposal.heads:
+        try:
+            head = parse_head(raw)
+        except RemoteProtocolError:
+            left_out.append(None)
+            continue
+        name = head.header.message_id
+        if name not in wanted or head.size != len(raw):
+            left_out.append(head)
+        elif head.hash.hex() not in commit.excluded:
+            if name in found:
+                raise _refused(RejectReason.DUPLICATE, "two heads with the id of one member")
+            found[name] = head
+        else:
+            left_out.append(head)
+    if missing := wanted - found.keys():
+        raise _refused(RejectReason.NOT_PROPOSED, f"{len(missing)} members were not proposed")
+    return found, left_out
+
+
+def _check_head(
+    head: Head, plan: Plan, plan_hash: Digest, layout: LaneLayout, *, verifier: Verifier, now: int
+) -> Certificate:
+    assert plan.split is not None
+    header = head.header
+    certificate = verifier.head(head, kind=MessageKind.UPDATE, now=now)
+    extension = UpdateExtension.decode(head)
+    if extension.plan != plan_hash or header.round != plan.round:
+        raise _refused(RejectReason.WRONG_PLAN, f"{certificate.id} answers another plan")
+    if extension.model_sha256 != plan.model_sha256:
+        raise _refused(RejectReason.WRONG_MODEL, certificate.id)
+    shape = (extension.mode, extension.suite, extension.bits, extension.lane_bits, extension.dimension)
+    due = (SPLIT, plan.split.suite, plan.quantization.bits, plan.quantization.lane_bits, layout.dimension)
+    rest = (extension.meta_words, len(extension.boxes), header.body_size, header.raw_size, header.compressed)
+    size = body_size(layout.n_words)
+    if (*shape, *rest) != (*due, layout.meta_words, _BOXES, size, size, False):
+        raise _refused(RejectReason.WRONG_SHAPE, f"{certificate.id}: {shape}, {rest}")
+    if not takes(plan_hash, certificate.id, plan.eligibility):
+        raise _refused(RejectReason.NOT_SELECTED, certificate.id)
+    return certificate
+
+
+def _by_site(members: Mapping[MessageId, _Member]) -> dict[str, dict[MessageId, _Member]]:
+    sites: dict[str, dict[MessageId, _Member]] = {}
+    devices: set[str] = set()
+    for name, member in members.items():
+        if member.certificate.id in devices:
+            raise _refused(RejectReason.DUPLICATE, f"two updates of {member.certificate.id}")
+        devices.add(member.certificate.id)
+        sites.setdefault(member.certificate.site, {})[name] = member
+    return dict(sorted(sites.items()))
+
+
+def _check_sites(
+    sites: Mapping[str, Mapping[MessageId, _Member]], left_out: Iterable[Head | None], plan: Plan, split: Split
+) -> None:
+    missing = Counter(claimed_site(head.certificate) for head in left_out if head is not None)
+    for site, members in sites.items():
+        owners = {member.certificate.owner for member in members.values()}
+        if len(members) < split.minimum_cohort:
+            raise _refused(RejectReason.BELOW_MINIMUM, f"{len(members)} members of {site}")
+        if len(owners) < split.minimum_owners:
+            raise _refused(RejectReason.BELOW_OWNERS, f"{len(owners)} owners at {site}")
+        if len(members) > plan.quorum.cohort_cap:
+            raise _refused(RejectReason.COHORT_FULL, f"{len(members)} members of {site}")
+        if missing[site] > max(2, (len(members) + missing[site]) // 20):
+            raise _refused(RejectReason.TOO_MANY_EXCLUDED, f"{missing[site]} of {site} are left out")
+
+
+def _groups(
+    sites: Mapping[str, Mapping[MessageId, _Member]],
+    nonces: Mapping[str, bytes],
+    proposal: Proposal,
+    commit: Commit,
+    split: Split,
+) -> list[tuple[MessageId, ...]]:
+    """Who is in which sum, in the order of the answer."""
+    if not split.bucket:
+        if nonces:
+            raise _refused(RejectReason.BAD_NONCE, "nonces where the plan has no buckets")
+        return [tuple(name for members in sites.values() for name in members)]
+    if nonces.keys() != sites.keys():
+        raise _refused(RejectReason.BAD_NONCE, f"nonces of {sorted(nonces)}, members of {sorted(sites)}")
+    hashes = Counter(each.site for each in proposal.nonces)
+    committed = {each.site: each.hash for each in proposal.nonces if hashes[each.site] == 1}
+    groups: list[tuple[MessageId, ...]] = []
+    for site, members in sites.items():
+        check_nonce(nonces[site], committed.get(site, b""))
+        groups += deal(members, split.bucket, gateway_nonce=nonces[site], coordinator_nonce=commit.nonce)
+    return groups
+
+
+def _mask_keys(members: Mapping[MessageId, _Member], secret: SealSecret) -> dict[MessageId, bytes]:
+    seeds: set[bytes] = set()
+    keys: dict[MessageId, bytes] = {}
+    for name, member in members.items():
+        seed = open_seed(member.head, Reader.HELPER, secret)
+        if seed in seeds:
+            raise _refused(RejectReason.REUSED_SEED, f"{member.certificate.id} has the seed of another update")
+        seeds.add(seed)
+        keys[name] = mask_key(seed, binding_of(member.head))
+    return keys

@@ -1,0 +1,97 @@
+"""``fleetfed-helper``: run a helper."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from fleetfed.cloud_coordinator.helper.config import HelperConfig, load
+from fleetfed.shared.errors import ConfigError, StorageError
+from fleetfed.shared.files import locked
+from fleetfed.shared.telemetry import LEVELS, configure_logging
+from fleetfed.shared.trust.certificates import Role
+from fleetfed.shared.trust.identity import Identity
+
+OK: Final = 0
+BAD_CONFIG: Final = 2
+BAD_STORAGE: Final = 3
+
+_EPILOG: Final = """\
+example:
+  fleetfed keys issue h-two --role helper
+  fleetfed-helper run --config helper.toml
+
+  with helper.toml:
+    identity = "identities/h-two"
+    state = "state"
+    [broker]
+    host = "broker.example.org"
+
+exit codes:
+  0 stopped in good order   1 failed   2 configuration error   3 the state folder is damaged or the disk is full
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        config = load(arguments.config)
+        configure_logging("helper", arguments.log_level or config.log_level)
+        # Two processes with one folder would answer twice in each other's name.
+        with locked(config.state):
+            return asyncio.run(_run(config))
+    except ConfigError as error:
+        print(f"fleetfed-helper: {error}", file=sys.stderr)
+        return BAD_CONFIG
+    except StorageError as error:
+        print(f"fleetfed-helper: {error}", file=sys.stderr)
+        return BAD_STORAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fleetfed-helper",
+        description="The second holder of mask seeds: with it, gateway and coordinator together read no update either. "
+        "Let somebody else run it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="serve until SIGTERM or SIGINT")
+    run.add_argument("--config", type=Path, required=True, metavar="FILE", help="helper.toml")
+    run.add_argument("--log-level", choices=LEVELS, help="instead of the file's log_level")
+    return parser
+
+
+async def _run(config: HelperConfig) -> int:
+    # Here, so that `--help` needs no MQTT client.
+    from fleetfed.cloud_coordinator.helper.runtime import Helper
+
+    helper = Helper(config, Identity.load(config.identity, role=Role.HELPER))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, helper.stop)
+    try:
+        await helper.run()
+    except* (ConfigError, StorageError) as group:
+        raise _first(group) from None
+    except* OSError as group:
+        raise StorageError(f"{config.state}: {_first(group)}") from None
+    return OK
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""The helper's settings: one TOML file, every key checked, every default documented.
+
+Example::
+
+    identity = "identity"
+    state = "state"
+
+    [broker]
+    host = "broker.example.org"
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from fleetfed.shared import config
+from fleetfed.shared.config import Range
+from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.mqtt.endpoint import Endpoint
+from fleetfed.shared.telemetry import LEVELS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HelperConfig:
+    """A whole ``helper.toml``.
+
+    Attributes:
+        identity: folder that ``fleetfed keys issue --role helper`` wrote.
+        state: folder of everything that must outlive the process; keep no copies of it, it holds keys that are to be
+            destroyed.
+        broker: the coordinator's broker.
+        rotate_hours: hours after which a new key takes the place of the one before. A key is valid for twice as long,
+            so a round may take up to so many hours; then its secret is destroyed.
+        request_mib: largest request; about a third of a KiB per device of a cohort.
+        log_level: of stderr.
+    """
+
+    identity: Path
+    state: Path
+    broker: Endpoint
+    rotate_hours: Annotated[float, Range(0.01, 24 * 365)] = 24.0
+    request_mib: Annotated[int, Range(1, 1024)] = 128
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        if self.log_level not in LEVELS:
+            raise ConfigError(f"log_level {self.log_level!r} is none of: {', '.join(LEVELS)}")
+
+
+def load(path: Path) -> HelperConfig:
+    """Read ``helper.toml``; relative paths begin at its folder.
+
+    Raises:
+        ConfigError: with the file, the key and what to do.
+    """
+    return config.load(HelperConfig, path)
