@@ -58,7 +58,9 @@ def write_data(path: Path, source: Path | None, examples: int) -> str:
     return f"{examples} images of MNIST"
 
 
-def measure(directory: Path, *, source: Path | None, examples: int, rounds: int, model: str) -> dict[str, Any]:
+def measure(
+    directory: Path, *, source: Path | None, examples: int, rounds: int, model: str, split: bool
+) -> dict[str, Any]:
     loaded = zoo.load(model)
     pki = FleetPki(directory / "pki")
     broker: Any = (Embedded if MOSQUITTO is None else Mosquitto)(directory / "broker", pki)
@@ -77,8 +79,11 @@ def measure(directory: Path, *, source: Path | None, examples: int, rounds: int,
         gateway.publish_model(manifest, blobs)
         for number in range(1, rounds + 1):
             training = Training(optimizer=Optimizer.ADAM if number % 2 else Optimizer.SGD, learning_rate=0.001)
-            plan = plan_for(loaded.card, manifest, round_=number, seconds=300, training=training)
+            masks = {"split": gateway.split()} if split else {}
+            plan = plan_for(loaded.card, manifest, round_=number, seconds=300, training=training, **masks)
             plan_hash = gateway.publish_plan(plan)
+            if split:
+                gateway.publish_cosign(plan, plan_hash)
 
             def answered(number: int = number) -> bool:
                 samples.append(resident_mb(process.pid))
@@ -97,6 +102,7 @@ def measure(directory: Path, *, source: Path | None, examples: int, rounds: int,
         broker.stop()
     return {
         "model": model,
+        "mode": "split" if split else "plain",
         "parameters": loaded.card.parameters,
         "batch": loaded.card.batch,
         "data": what,
@@ -122,6 +128,7 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=600, help="images on the device (600 as in FedKeeper)")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--model", default="fedkeeper_cnn", choices=zoo.NAMES)
+    parser.add_argument("--split", action="store_true", help="masked updates")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -131,13 +138,14 @@ def main() -> int:
             examples=options.examples,
             rounds=options.rounds,
             model=options.model,
+            split=options.split,
         )
     if options.json:
         print(json.dumps(result))
     else:
         print(
             f"{result['model']}: {result['parameters']:,} parameters, batch {result['batch']}, {result['data']}, "
-            f"{result['rounds']} rounds (Adam and SGD in turn), {result['steps']} steps, "
+            f"{result['rounds']} {result['mode']} rounds (Adam and SGD in turn), {result['steps']} steps, "
             f"{result['seconds_per_round']} s and {result['update_bytes_mean']:,} bytes per round"
         )
         print(f"  waiting, without a model     {result['waiting_mb']:6.1f} MB")
