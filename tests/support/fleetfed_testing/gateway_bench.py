@@ -158,10 +158,12 @@ class Bench:
 
     async def quiet(self) -> None:
         """Return when nothing is left to do."""
-        while not (self.pipeline.idle and self.worker.idle and all(task.done() for task in self.performer._tasks)):
+        while True:
             for task in self._tasks:
                 if task.done():
                     task.result()
+            if self.pipeline.idle and self.worker.idle and all(task.done() for task in self.performer._tasks):
+                return
             await asyncio.sleep(0.001)
 
     async def _ask(self, need: Any) -> None:

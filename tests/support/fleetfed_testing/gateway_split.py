@@ -95,13 +95,18 @@ class SplitRound:
         assert int(meta[0]) == reveal.count == len(names or self.names)
         return values
 
+    def dealt(self, gateway_nonce: bytes, *names: str) -> tuple[tuple[MessageId, ...], ...]:
+        """The members of each own bucket, once the gateway has opened its share of the coin."""
+        assert self.plan.split is not None
+        size = self.plan.split.bucket
+        return deal(self.ids(*names), size, gateway_nonce=gateway_nonce, coordinator_nonce=COIN)
+
     def unmasked_buckets(self, reveal: Reveal, commitment: bytes, *names: str) -> list[Any]:
         """The values in each own bucket over these devices, whose deal is made again from the opened coin."""
-        assert self.plan.split is not None
         own = [bucket for bucket in reveal.buckets if bucket.site == self.bench.site.site]
         check_nonce(own[0].nonce, commitment)
         heads = {head.header.message_id: head for head in self.heads(*names)}
-        dealt = deal(heads, self.plan.split.bucket, gateway_nonce=own[0].nonce, coordinator_nonce=COIN)
+        dealt = self.dealt(own[0].nonce, *names)
         assert [(bucket.index, bucket.count) for bucket in own] == [(i, len(each)) for i, each in enumerate(dealt)]
         found = []
         for bucket, members in zip(own, dealt, strict=True):
