@@ -12,6 +12,7 @@ them and as any such kind (its certificate, which receivers check, says which it
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from typing import Any, Final
 from fleetfed.broker.config import BrokerConfig
 from fleetfed.broker.mosquitto import render_config
 from fleetfed.shared.errors import ConfigError, LocalProtocolError
-from fleetfed.shared.wire.topics import CLOUD_SITE, Direction, Kind, SiteTopics, check_id
+from fleetfed.shared.wire.topics import CLOUD_SITE, PREFIX, Direction, Kind, SiteTopics, check_id
 
 _MEMBER_KINDS: Final = (Kind.DEVICE, Kind.GATEWAY)
 _LISTED_KINDS: Final = (*_MEMBER_KINDS, Kind.HELPER)
@@ -52,6 +53,7 @@ class Inventory:
             coordinator's.
         operators: ids of those who may send commands; they need ``_`` on this broker.
         members: id to place, as far as known.
+        denied: ids that are shut out of everything, whatever pattern would let them in.
 
     Raises:
         ConfigError: an id is not allowed, or a member's site is not on this broker.
@@ -61,6 +63,7 @@ class Inventory:
     sites: Mapping[str, str]
     operators: tuple[str, ...] = ()
     members: Mapping[str, Member] = field(default_factory=dict)
+    denied: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -70,12 +73,14 @@ class Inventory:
                 check_id(node, f"node of site {site}")
             for operator in self.operators:
                 check_id(operator, "operator")
-            for name in self.members:
+            for name in (*self.members, *self.denied):
                 check_id(name, "member")
         except LocalProtocolError as error:
             raise ConfigError(str(error)) from error
         if not self.sites:
             raise ConfigError("the inventory has no site")
+        if wanted := sorted(set(self.denied) & {*self.members, *self.operators, *self.sites.values()}):
+            raise ConfigError(f"{wanted[0]} is denied and a member at once")
         if self.operators and CLOUD_SITE not in self.sites:
             raise ConfigError(f"operators belong to site {CLOUD_SITE!r}, which is not on this broker")
         for name, member in self.members.items():
@@ -137,6 +142,17 @@ def _inventory(table: Mapping[str, Any]) -> Inventory:
     return Inventory(fleet=fleet, sites=sites, operators=tuple(operators), members=placed)
 
 
+def render_inventory(inventory: Inventory) -> str:
+    """The text of an inventory file, as `load_inventory` reads it; who is denied is no part of it."""
+    # A text is the same in TOML as in JSON.
+    lines = [f"fleet = {json.dumps(inventory.fleet)}", f"operators = {json.dumps(list(inventory.operators))}", ""]
+    lines += ["[sites]", *(f"{site} = {json.dumps(node)}" for site, node in sorted(inventory.sites.items())), ""]
+    lines.append("[members]")
+    for name, member in sorted(inventory.members.items()):
+        lines.append(f"{name} = {{ kind = {json.dumps(str(member.kind))}, site = {json.dumps(member.site)} }}")
+    return "\n".join((*lines, ""))
+
+
 def render_acl(inventory: Inventory) -> str:
     """The ACL file's text, for Mosquitto and the embedded broker alike."""
     listed = {member.kind for member in inventory.members.values()}
@@ -162,6 +178,8 @@ def render_acl(inventory: Inventory) -> str:
         users.setdefault(name, []).extend(_member_lines(inventory.fleet, member.site, member.kind, name))
     for name in inventory.operators:
         users.setdefault(name, []).extend(_member_lines(inventory.fleet, CLOUD_SITE, Kind.OPERATOR, name))
+    for name in inventory.denied:
+        users[name] = [f"topic deny {PREFIX}/{inventory.fleet}/#"]
     blocks = [f"# Who may read and write what in fleet {inventory.fleet}; rendered, do not edit.\n"]
     blocks += ["\n".join((f"user {name}", *lines)) + "\n" for name, lines in sorted(users.items())]
     if patterns:

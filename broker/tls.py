@@ -46,7 +46,7 @@ def server_context(files: TlsFiles) -> ssl.SSLContext:
 
 
 def revoked_serials(path: Path) -> frozenset[int]:
-    """The serial numbers in a PEM revocation list (RFC 5280 §5.1).
+    """The serial numbers in a file of PEM revocation lists (RFC 5280 §5.1), one per authority.
 
     The signature is not checked here: OpenSSL does that at every handshake; this only finds whom to disconnect.
 
@@ -54,13 +54,13 @@ def revoked_serials(path: Path) -> frozenset[int]:
         ConfigError: the file cannot be read or is not a revocation list.
     """
     try:
-        match = _PEM.search(path.read_bytes())
+        lists = _PEM.findall(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"revocation list {path}: {error.strerror}") from error
-    if match is None:
+    if not lists:
         raise ConfigError(f"revocation list {path}: no X509 CRL in PEM form")
     try:
-        return frozenset(_serials(base64.b64decode(match[1])))
+        return frozenset(serial for each in lists for serial in _serials(base64.b64decode(each)))
     except (ValueError, IndexError) as error:
         raise ConfigError(f"revocation list {path}: {error or 'damaged'}") from error
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fleetfed.device import memory
+from fleetfed.device import cli_enroll, memory
 from fleetfed.shared.errors import ConfigError, FleetFedError, StorageError
 from fleetfed.shared.telemetry import LEVELS, configure_logging
 
@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     for command, function in ((run, _run), (check, _check), (status, _status)):
         command.add_argument("--config", type=Path, required=True, metavar="FILE", help="device.toml")
         command.set_defaults(command=function)
+    cli_enroll.add_commands(commands, formatter)
     return parser
 
 

@@ -20,6 +20,7 @@ _COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "round": ("fleetfed.cloud_coordinator.cli.round:round_", "Start, stop and watch rounds."),
     "model": ("fleetfed.cloud_coordinator.cli.model:model", "Build, publish and roll back models."),
     "fleet": ("fleetfed.cloud_coordinator.cli.fleet:fleet", "See gateways and devices."),
+    "privacy": ("fleetfed.cloud_coordinator.cli.privacy:privacy", "Plan and explain differential privacy."),
     "keys": ("fleetfed.cloud_coordinator.cli.keys:keys", "Make, list and revoke identities."),
     "broker": ("fleetfed.cloud_coordinator.cli.broker:broker", "Run the embedded broker, or configure Mosquitto."),
 }
@@ -68,10 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(run(arguments))
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+def run(arguments: Sequence[str] | None = None, *, command: click.Command = cli, program: str = "fleetfed") -> int:
+    """Run a command line; return the exit code."""
     try:
-        result = cli.main(args=arguments, prog_name="fleetfed", standalone_mode=False)
+        result = command.main(args=arguments, prog_name=program, standalone_mode=False)
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
@@ -89,16 +90,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 0
     except FleetFedError as error:
         label, code = output.classify(error)
-        return _failed(label, str(error), code, arguments)
+        return _failed(program, label, str(error), code, arguments)
     except OSError as error:
         # The disk, a port, a permission: it names the file and the cause, and a traceback would add nothing.
-        return _failed("os_error", str(error), output.EXIT_FAILED, arguments)
+        return _failed(program, "os_error", str(error), output.EXIT_FAILED, arguments)
     return result if isinstance(result, int) else 0
 
 
-def _failed(label: str, detail: str, code: int, arguments: Sequence[str] | None) -> int:
+def _failed(program: str, label: str, detail: str, code: int, arguments: Sequence[str] | None) -> int:
     if output.json_wanted(arguments):
         output.print_json({"error": label, "detail": detail})
     else:
-        print(f"fleetfed: {detail}", file=sys.stderr)
+        print(f"{program}: {detail}", file=sys.stderr)
     return code

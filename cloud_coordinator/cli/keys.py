@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from fleetfed.cloud_coordinator.keys.pki import Listener
 from fleetfed.shared import config
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError
-from fleetfed.shared.wire.messages import Revocations
 
 _COLUMNS = ("id", "role", "site", "owner", "valid until", "revoked")
 _CSV_COLUMNS = ("id", "role", "site", "upstream", "owner", "days", "hosts")
@@ -186,13 +184,16 @@ def revoke(names: tuple[str, ...], operator: Path | None, directory: Path, as_js
     The signed list goes to the coordinator, which publishes it to every site. The brokers refuse the TLS certificates
     once they have the new revocation list, DIR/tls/crl-site.pem or DIR/tls/crl-cloud.pem.
     """
+    # Imported late: the other commands need no MQTT.
+    from fleetfed.cloud_coordinator.control.delivery import deliver_list, list_in_force
+
     keyring = Keyring.load(directory)
-    in_force = None if operator is None else _in_force(operator)
+    in_force = None if operator is None else list_in_force(operator)
     revoked = keyring.revoke(names, now=unix_ms(), in_force=in_force) if names or in_force is not None else ()
     signed = keyring.revocations()
     if signed is None:
         raise ConfigError("nobody was ever revoked: give an ID or a serial number")
-    delivered, detail = _deliver(operator, signed)
+    delivered, detail = deliver_list(operator, signed, again="fleetfed keys revoke --config operator.toml")
     if as_json:
         output.print_json(
             {
@@ -208,41 +209,6 @@ def revoke(names: tuple[str, ...], operator: Path | None, directory: Path, as_js
         _table(revoked)
     print(detail)
     print(f"Brokers: copy {keyring.crl_file()} to each and reload it (SIGHUP), so that TLS refuses them too.")
-
-
-def _in_force(operator: Path) -> Revocations | None:
-    """The list that the fleet obeys: an enrolment service may have added to it. None also where nobody answers."""
-    from fleetfed.cloud_coordinator.control.client import ControlClient, OperatorConfig
-    from fleetfed.cloud_coordinator.control.errors import NoAnswerError
-
-    async def ask() -> Revocations | None:
-        async with ControlClient(OperatorConfig.load(operator)) as client:
-            return await client.revocations()
-
-    try:
-        return asyncio.run(ask())
-    except NoAnswerError:
-        return None
-
-
-def _deliver(operator: Path | None, signed: bytes) -> tuple[bool, str]:
-    again = "fleetfed keys revoke --config operator.toml"
-    if operator is None:
-        return False, f"Not sent to the coordinator: no --config was given. When it can be reached: {again}"
-    from fleetfed.cloud_coordinator.control.client import ControlClient, OperatorConfig
-    from fleetfed.cloud_coordinator.control.errors import NoAnswerError
-    from fleetfed.shared.wire.messages import Command
-
-    async def send() -> None:
-        async with ControlClient(OperatorConfig.load(operator)) as client:
-            await client.request(Command.KEYS_REVOKE, {"revocations": signed})
-
-    try:
-        asyncio.run(send())
-    except NoAnswerError as error:
-        # The list is signed and safe on disk; only its delivery is left.
-        return False, f"Not delivered yet: {error}. When it can be reached: {again}"
-    return True, "The coordinator has the new list and publishes it to every site."
 
 
 @keys.command(epilog=output.example("fleetfed keys crl --days 90"))

@@ -14,10 +14,11 @@ from fleetfed.shared.wire.codec import Length, Range
 from fleetfed.shared.wire.envelope import MAX_CERTIFICATE
 from fleetfed.shared.wire.fields import Bytes16, Bytes32, Count, Id, Millis
 from fleetfed.shared.wire.limits import KIB, MAX_ID
+from fleetfed.shared.wire.trust import MAX_BUNDLE, MAX_ROOT
 
 MAX_REQUEST: Final = 4 * KIB
 """Bytes of a request; checked before anything is read."""
-MAX_ANSWER: Final = 64 * KIB
+MAX_ANSWER: Final = 256 * KIB
 MAX_HEAD: Final = KIB
 MAX_ENTRY: Final = 2 * KIB
 TOKEN_SIZE: Final = 16
@@ -72,7 +73,9 @@ class EnrolAnswer:
         tls_certificate: PEM, for the broker's login; its common name is the id.
         tls_authorities: PEM, what the device checks the broker and this service against.
         spent: participations that the device's privacy ledger begins with.
-        index, head, proof: where the certificate stands in the log, and the proof that it does.
+        root, bundle: the fleet's trust metadata, for the device to pin; empty where the fleet has none.
+        index, entry, head, proof: where the certificate stands in the log, the whole entry, and the proof that it
+            does.
     """
 
     request: Bytes32
@@ -85,7 +88,10 @@ class EnrolAnswer:
     tls_certificate: Annotated[bytes, Length(1, 8 * KIB)]
     tls_authorities: Annotated[bytes, Length(1, 32 * KIB)]
     spent: Annotated[int, Range(0, SPENT_ALL)] = 0
+    root: Annotated[bytes, Length(0, MAX_ROOT)] = b""
+    bundle: Annotated[bytes, Length(0, MAX_BUNDLE)] = b""
     index: Count
+    entry: Annotated[bytes, Length(1, MAX_ENTRY)]
     head: Annotated[bytes, Length(1, MAX_HEAD)]
     proof: Annotated[tuple[Bytes32, ...], Length(0, 64)] = ()
 

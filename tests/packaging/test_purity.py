@@ -69,6 +69,22 @@ def test_the_helper_shares_no_code_with_whom_it_checks(path: Path) -> None:
             assert module.startswith(("fleetfed.shared", "fleetfed.cloud_coordinator.helper")), module
 
 
+ENROLLER_MAY = ("enroll", "keys", "cli", "control.delivery")
+"""Of the coordinator's rooms: X.509, the look of command lines, and the operator's way to hand in a revocation list."""
+
+
+@pytest.mark.parametrize("path", [path for path in sources() if name(path).startswith("cloud_coordinator/")], ids=name)
+def test_enrolment_and_the_coordinator_know_nothing_of_each_other(path: Path) -> None:
+    own = name(path).startswith("cloud_coordinator/enroll/")
+    for module in imports(path):
+        if module.startswith("fleetfed.cloud_coordinator."):
+            room = module.removeprefix("fleetfed.cloud_coordinator.")
+            if own:
+                assert any(room == each or room.startswith(f"{each}.") for each in ENROLLER_MAY), module
+            else:
+                assert not room.startswith("enroll"), module
+
+
 @pytest.mark.parametrize(
     "path",
     [
