@@ -237,8 +237,18 @@ class Reveals:
             if pending is None or pending.ask is None:
                 # After a restart the gateway must first send its reveal again; then the helper is asked again.
                 return
-            await self._subtract(pending, answer, current, plan)
+            if answer.reason is None:
+                await self._subtract(pending, answer, current, plan)
+            else:
+                self._give_up(pending, message.gateway, answer)
         self._coordinator.confirm(Kind.HELPER, message)
+
+    def _give_up(self, pending: _Pending, helper: str, answer: MaskSums) -> None:
+        """The helper gives no masks for this set, and never will: without them its sum is noise."""
+        reason, gateway = answer.reason, answer.gateway
+        del self._pending[gateway]
+        _log.error("%s gives no masks for %s, whose sum counts nothing: %s: %s", helper, gateway, reason, answer.detail)
+        self._coordinator.revealed(replace(pending.event, failed=reason))
 
     async def _subtract(self, pending: _Pending, answer: MaskSums, current: PlanInForce, plan: Split) -> None:
         if len(answer.sums) != len(pending.sums):
