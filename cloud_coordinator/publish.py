@@ -98,6 +98,10 @@ class Publisher:
         """Publish the revocation list."""
         self._document(REVOCATIONS, Broadcast.REVOKED)
 
+    def trust(self, bundle: bytes) -> None:
+        """Publish trust metadata; it comes before everything that it lets members believe."""
+        self._retain(Broadcast.TRUST, bundle)
+
     def everything(self) -> None:
         """Publish all durable retained messages: the broker may have lost them."""
         self.revocations()

@@ -256,6 +256,7 @@ class Runtime:
             "wire": {"sent": wire.sent, "received": wire.received},
             "rss_mb_max": round(peak_mb(), 1),
             "rejected": coordinator.rejected.snapshot(),
+            "trust": coordinator.trust.status(),
         }
         return json.dumps(facts, indent=1).encode()
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Final
 
 from fleetfed.cloud_coordinator import events as ev
-from fleetfed.cloud_coordinator.book import Revealed, RoundBook
+from fleetfed.cloud_coordinator.book import NO_HELPER, Revealed, RoundBook
 from fleetfed.cloud_coordinator.config import CoordinatorConfig, RoundSettings
 from fleetfed.cloud_coordinator.control import report
 from fleetfed.cloud_coordinator.fleet import Fleet
@@ -44,6 +44,7 @@ from fleetfed.cloud_coordinator.training.versions import (
     since_full,
     version_of_round,
 )
+from fleetfed.cloud_coordinator.trust import TrustDesk
 from fleetfed.shared.aggregate.accumulator import Partial
 from fleetfed.shared.aggregate.meta import MetaSum
 from fleetfed.shared.errors import RejectReason, StorageError
@@ -126,9 +127,18 @@ class Coordinator:
         self.cards = Cards(blobs)
         self._recent = store.versions(limit=_NEWEST)
         self.publisher = Publisher(self.topics, store=store, blobs=blobs, send=self.send)
+        self.trust = TrustDesk(
+            config.state,
+            identity,
+            config.identity,
+            self.verifier,
+            clock=clock,
+            publish=self.publisher.trust,
+        )
         self.book = RoundBook(
             config,
             store=store,
+            blobs=blobs,
             verifier=self.verifier,
             sign=lambda kind, body, now, number: self.sign(kind, body, now=now, round=number),
             randomness=randomness,
@@ -147,6 +157,7 @@ class Coordinator:
     def start(self) -> None:
         """Go on where the database says; call once, on the event loop."""
         self.failed = asyncio.get_running_loop().create_future()
+        self.trust.start()
         self.handle(ev.Started())
         if self.config.autostart and self.store.document(RUN) is None:
             self.handle(ev.StartRequested(self.config.rounds))
@@ -163,7 +174,12 @@ class Coordinator:
 
     def next_deadline(self) -> int | None:
         """When to call `timer`, in unix milliseconds."""
-        deadlines = (self.machine.next_deadline(), self._status_due, self.reveals.next_deadline())
+        deadlines = (
+            self.machine.next_deadline(),
+            self._status_due,
+            self.reveals.next_deadline(),
+            self.trust.next_deadline(),
+        )
         return min((at for at in deadlines if at is not None), default=None)
 
     def timer(self) -> None:
@@ -173,6 +189,7 @@ class Coordinator:
         if self._status_due is not None and now >= self._status_due:
             self.publish_status()
         self.reveals.timer(now)
+        self.trust.timer()
         put_back, self._timed = now < self._timed, now
         if deadline is not None and (now >= deadline or put_back):
             self.handle(TimerFired())
@@ -231,6 +248,7 @@ class Coordinator:
 
     def publish_everything(self) -> None:
         """Publish every retained message: the broker may have lost them."""
+        self.trust.publish()
         self.publisher.everything()
         self.publish_status()
 
@@ -382,10 +400,14 @@ class Coordinator:
         base = self._base()
         card = self.cards.of(base)
         since = since_full(self._recent)
-        settings = StepConfig(optimizer=self.config.optimizer, clips=self.config.clips, patch=self.config.patch)
-
+        settings = StepConfig(
+            optimizer=self.config.optimizer,
+            clips=self.config.clips,
+            patch=self.config.patch,
+            privacy=self.book.step_privacy,
+        )
         try:
-            made, meta = await asyncio.to_thread(
+            made = await asyncio.to_thread(
                 version_of_round,
                 total,
                 plan=plan,
@@ -397,15 +419,18 @@ class Coordinator:
                 blobs=self.blobs,
                 evaluator=self.evaluator,
                 robust=robust,
+                noise=self.book.noise(),
             )
         except StepError as error:
             self.handle(ev.StepFailed(str(error)))
             return
         with self.durably():
-            accuracy = self._store_step(number, made, meta)
-            self.handle(ev.StepStored(version=made.version, accuracy=accuracy))
-        if made.version % _COLLECT_EVERY == 0:
-            self.store.forget_files(below=made.version + 1 - self.config.storage.keep_versions)
+            accuracy = self._store_step(number, made.record, made.meta)
+            self.book.privacy.keep(made.noise)
+            self.handle(ev.StepStored(version=made.record.version, accuracy=accuracy))
+        self.book.privacy.forget()
+        if made.record.version % _COLLECT_EVERY == 0:
+            self.store.forget_files(below=made.record.version + 1 - self.config.storage.keep_versions)
             self.blobs.collect(self.store.references())
 
     def _store_step(self, number: int, made: VersionRecord, meta: MetaSum) -> float | None:
@@ -413,7 +438,8 @@ class Coordinator:
         exchanges = self.store.exchanges(number)
         members = [member for exchange in exchanges for member in exchange.contributors]
         before = self.book.record(number)
-        record = replace(made, round=number, plan_hash=before.plan_hash, created=now)
+        metrics = made.metrics | report.privacy_metrics(before)
+        record = replace(made, round=number, plan_hash=before.plan_hash, created=now, metrics=metrics)
         self.add_version(record)
         self.store.count_contributions(members, number)
         closed = report.committed_round(before, record, meta, exchanges=exchanges, members=members)
@@ -483,6 +509,18 @@ class Coordinator:
         self._status_due = None
         signed = self.sign(MessageKind.STATUS, self.status(), now=self.clock())
         self.send(Outgoing(topic=self.topics.broadcast(Broadcast.STATUS), payload=signed.encode(), retain=True))
+
+    def waiting_for(self) -> str:
+        """Why no round is open, or does not end, where somebody can do something about it; empty for nothing."""
+        machine, run = self.machine, self.machine.run
+        asked = self.reveals.waiting_for_helper
+        if asked:
+            return f"the helper's masks for {', '.join(asked)}; see whether `fleetfed-helper run` runs"
+        if machine.round is not None:
+            return ""
+        if machine.state is State.WAITING and run.settings.needs_helper and not self.helpers.ready:
+            return NO_HELPER
+        return run.problem
 
     def status(self) -> Status:
         """What the coordinator is doing."""

@@ -20,20 +20,22 @@ from fleetfed.shared.wire.topics import Kind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanArrived:
-    """A plan of the coordinator, retained at the upstream site."""
+    """A plan of the coordinator, retained at the upstream site; ``signer`` is its key."""
 
     plan: Plan
     hash: Digest
     raw: bytes
+    signer: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundEndArrived:
-    """The end of a round, in the plan's place."""
+    """The end of a round, in the plan's place; ``signer`` is its coordinator's key."""
 
     round: int
     plan: bytes
     raw: bytes
+    signer: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +193,13 @@ class Revoked:
 
 
 @dataclass(frozen=True, slots=True)
+class CoordinatorsChanged:
+    """Trust metadata lists other coordinators: whatever one said that is listed no more is void."""
+
+    listed: frozenset[bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class SiteConnected:
     """The own site's broker is reached for the first time; by ``settled`` its retained presences are here."""
 
@@ -292,6 +301,14 @@ class ForgetRound:
 
     round: int
     hash: Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowerRound:
+    """Forget how far coordinators counted that are listed no more; rounds above ``round`` were theirs alone."""
+
+    round: int
+    forget: frozenset[bytes]
 
 
 # --- Instructions: work ---------------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ class Inbound:
         fed: hands an event to the machine.
         revoked: takes the bytes of a revocation list that is news and in force.
         reborn: called when the node above says that it started anew.
+        trusted: takes a bundle of trust metadata.
         clock: unix milliseconds.
     """
 
@@ -100,7 +101,10 @@ class Inbound:
         revoked: Callable[[bytes], None],
         reborn: Callable[[], None],
         clock: Callable[[], int],
+        trusted: Callable[[bytes], None] = lambda _: None,
     ) -> None:
+        self._trusted = trusted
+        self._stale = b""
         self._verifier = verifier
         self._machine = machine
         self._performer = performer
@@ -336,11 +340,14 @@ class Inbound:
                 self._plan(payload)
             case BroadcastTopic(what=Broadcast.MODEL) if payload:
                 manifest, _, _ = self._open(payload, Manifest, MessageKind.MANIFEST)
+                self._verifier.check_manifest(manifest)
                 self._relay.offer(manifest, payload)
             case BroadcastTopic(what=Broadcast.REVOKED) if payload:
                 revocations, _, by = self._open(payload, Revocations, MessageKind.REVOCATIONS)
                 if self._verifier.revoke(revocations, by=by):
                     self._revoked(payload)
+            case BroadcastTopic(what=Broadcast.TRUST) if payload:
+                self._trusted(payload)
             case BroadcastTopic(what=Broadcast.NODE) if payload:
                 self._node(codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE))
             case MemberTopic(member=self._gateway, verb=Verb.RECEIPT):
@@ -350,13 +357,23 @@ class Inbound:
 
     def _plan(self, payload: bytes) -> None:
         if parse_head(payload).header.kind is MessageKind.ROUND_END:
-            end, _, _ = self._open(payload, RoundEnd, MessageKind.ROUND_END)
-            self._fed(ev.RoundEndArrived(round=end.round, plan=end.plan, raw=payload))
+            end, head, _ = self._open(payload, RoundEnd, MessageKind.ROUND_END)
+            self._fed(ev.RoundEndArrived(round=end.round, plan=end.plan, raw=payload, signer=head.header.sender))
             return
         plan, head, _ = self._open(payload, Plan, MessageKind.PLAN)
         # Before anybody below sees it: what the fleet's owners forbid is neither passed on nor answered.
-        self._verifier.check_plan(plan, now=self._clock())
-        self._fed(ev.PlanArrived(plan=plan, hash=head.hash, raw=payload))
+        try:
+            self._verifier.check_plan(plan, now=self._clock())
+        except RemoteProtocolError as error:
+            self._stale = payload if error.reason is RejectReason.STALE_TRUST else b""
+            raise
+        self._fed(ev.PlanArrived(plan=plan, hash=head.hash, raw=payload, signer=head.header.sender))
+
+    def judge_again(self) -> None:
+        """Trust is current again: a plan that was refused because it was not gets another chance."""
+        stale, self._stale = self._stale, b""
+        if stale:
+            self.receive(self._upstream.broadcast(Broadcast.PLAN), stale)
 
     def _node(self, presence: Presence) -> None:
         # A new birth: the node above, or its connection, is not the one that heard us; its broker may have lost what

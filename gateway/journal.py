@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -41,6 +41,8 @@ CREATE TABLE IF NOT EXISTS secrets (value BLOB NOT NULL);
 _FORMAT: Final = 2
 _FROM_FORMAT_1: Final = "ALTER TABLE updates ADD COLUMN owner TEXT NOT NULL DEFAULT ''"
 _LAST: Final = ("last_round", "last_hash")
+_COUNTED: Final = "counted:"
+"""And a coordinator's key in hex: the highest round of its plans."""
 
 Statement = tuple[str, tuple[object, ...]]
 Rows = list[Statement]
@@ -58,6 +60,7 @@ def round_rows(event: ev.StoreRound, *, secrets: bytes = b"", cosign: bytes = b"
         (_FACT, ("plan_hash", event.hash)),
         (_FACT, ("sizes", json.dumps(event.sizes).encode())),
         (_FACT, ("last_round", str(event.round).encode())),
+        (_FACT, (_COUNTED + parse_head(event.raw).header.sender.hex(), str(event.round).encode())),
         # Of the round before: only its receipts, which `forget_rows` has put aside.
         *([("INSERT INTO secrets VALUES (?)", (secrets,))] if secrets else []),
         *([(_FACT, ("cosign", cosign))] if cosign else []),
@@ -123,6 +126,17 @@ def forget_rows(event: ev.ForgetRound) -> Rows:
     ]
 
 
+def lower_rows(event: ev.LowerRound) -> Rows:
+    """Coordinators are listed no more: what they counted is void, and what is left of their last round."""
+    above = "(SELECT CAST(value AS INTEGER) FROM facts WHERE name = 'last_round') > ?"
+    return [
+        *(("DELETE FROM facts WHERE name = ?", (_COUNTED + key.hex(),)) for key in sorted(event.forget)),
+        (f"DELETE FROM previous WHERE {above}", (event.round,)),  # noqa: S608
+        (f"DELETE FROM facts WHERE name = 'last_hash' AND {above}", (event.round,)),  # noqa: S608
+        (_FACT, ("last_round", str(event.round).encode())),
+    ]
+
+
 def _erase() -> Rows:
     return [("UPDATE updates SET body = x''", ()), (_ERASE, ())]
 
@@ -133,7 +147,7 @@ def _clear() -> Rows:
         ("DELETE FROM updates", ()),
         ("DELETE FROM declines", ()),
         ("DELETE FROM children", ()),
-        ("DELETE FROM facts WHERE name NOT IN (?, ?)", _LAST),
+        ("DELETE FROM facts WHERE name NOT IN (?, ?) AND name NOT LIKE ?", (*_LAST, f"{_COUNTED}%")),
     ]
 
 
@@ -149,6 +163,7 @@ class Stored:
         sizes: values per tensor of its model.
         secrets: of that round, as long as it has any.
         cosign: the own word for the plan; empty for none.
+        counted: the highest round of each coordinator's key.
     """
 
     last_round: int
@@ -158,6 +173,7 @@ class Stored:
     sizes: tuple[int, ...]
     secrets: RoundSecrets | None = None
     cosign: bytes = b""
+    counted: dict[bytes, int] = field(default_factory=dict)
 
 
 class Journal:
@@ -262,6 +278,7 @@ class Journal:
             sizes=sizes,
             secrets=secrets,
             cosign=facts.get("cosign", b""),
+            counted=_counted(facts, last_round),
         )
 
     def _record(self, facts: dict[str, bytes]) -> RoundRecord:
@@ -358,6 +375,16 @@ def commit_event(raw: bytes, commit: Commit) -> ev.CommitArrived:
         raw=raw,
         nonce=commit.nonce,
     )
+
+
+def _counted(facts: dict[str, bytes], last_round: int) -> dict[bytes, int]:
+    counted = {
+        bytes.fromhex(name.removeprefix(_COUNTED)): int(value)
+        for name, value in facts.items()
+        if name.startswith(_COUNTED)
+    }
+    # Of a journal from before keys were remembered nobody knows whose round it was.
+    return counted if max(counted.values(), default=0) >= last_round else {**counted, b"": last_round}
 
 
 def _sent(raw: bytes) -> Sent:

@@ -296,6 +296,8 @@ class Performer:
             case ev.ForgetRound():
                 self._sum, self._cosign = None, b""
                 pipeline.store(rows.forget_rows(instruction))
+            case ev.LowerRound():
+                pipeline.store(rows.lower_rows(instruction))
             case _:
                 raise AssertionError(f"nobody performs {instruction}")
 

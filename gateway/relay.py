@@ -28,7 +28,7 @@ from fleetfed.shared.mqtt.errors import RefusedError, SessionLostError
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.blobs import check_ref, part_count
 from fleetfed.shared.wire.download import Action, Ask, Download, Store, Subscribe, Unsubscribe
-from fleetfed.shared.wire.envelope import open_body, parse_head
+from fleetfed.shared.wire.envelope import KeyId, open_body, parse_head
 from fleetfed.shared.wire.messages import BlobRef, Manifest, Need
 from fleetfed.shared.wire.topics import BlobTopic, Broadcast, SiteTopics
 
@@ -76,6 +76,7 @@ class Relay:
         upstream, site: their topics.
         ask: publishes a `Need` to the tier above.
         served: awaited when a manifest and what its followers need is out.
+        believed: whether a coordinator's key still counts; what another one signed is no floor for the next manifest.
     """
 
     def __init__(
@@ -88,7 +89,9 @@ class Relay:
         site: SiteTopics,
         ask: Callable[[Need], Awaitable[None]],
         served: Callable[[ModelServed], None],
+        believed: Callable[[KeyId], bool] = lambda _: True,
     ) -> None:
+        self._believed = believed
         self._directory = directory
         self._blobs = BlobStore(directory / "blobs")
         self._above, self._below = above, below
@@ -125,7 +128,7 @@ class Relay:
             RemoteProtocolError: `REPLAYED` for an older version, `CONFLICT` for another of the same, `MALFORMED`.
         """
         latest = self._target or self._held
-        if latest is not None:
+        if latest is not None and self._believed(parse_head(latest.raw).header.sender):
             if manifest.version < latest.manifest.version:
                 raise RemoteProtocolError(RejectReason.REPLAYED, f"version {manifest.version} after {latest.manifest}")
             if manifest.version == latest.manifest.version:

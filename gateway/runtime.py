@@ -39,6 +39,7 @@ from fleetfed.shared.mqtt.session import Session
 from fleetfed.shared.telemetry import Counters
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
+from fleetfed.shared.trust.keeper import TrustKeeper
 from fleetfed.shared.trust.sequence import SequenceFile
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.messages import Life, Need, Presence
@@ -62,7 +63,7 @@ _HEARD_BELOW: Final = (
     (Kind.GATEWAY, Verb.REVEAL),
 )
 """Presence first: brokers deliver retained messages in the order of the subscriptions."""
-_HEARD_ABOVE: Final = (Broadcast.REVOKED, Broadcast.MODEL, Broadcast.PLAN, Broadcast.NODE)
+_HEARD_ABOVE: Final = (Broadcast.REVOKED, Broadcast.TRUST, Broadcast.MODEL, Broadcast.PLAN, Broadcast.NODE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,7 @@ class Gateway:
         self._verifier = identity.verifier()
         state = config.state
         state.mkdir(parents=True, exist_ok=True)
+        self.trust = TrustKeeper(state / "trust.bin", identity, self._verifier)
         self._signer = identity.signer(sequence=SequenceFile(state / "sequence"), randomness=secrets.token_bytes)
         self._disk_thread = ThreadPoolExecutor(1, thread_name_prefix="gateway-journal")
         self._work_thread = ThreadPoolExecutor(1, thread_name_prefix="gateway-work")
@@ -129,7 +131,13 @@ class Gateway:
             direct=config.upstream.site == CLOUD_SITE,
             journal_limit=config.limits.journal_mib * _MIB,
         )
-        self.machine = GatewayMachine(certificate.site, place, last_round=stored.last_round, previous=stored.previous)
+        self.machine = GatewayMachine(
+            certificate.site,
+            place,
+            last_round=stored.last_round,
+            previous=stored.previous,
+            counted=stored.counted,
+        )
         self.performer = Performer(
             gateway=self.id,
             machine=self.machine,
@@ -154,6 +162,7 @@ class Gateway:
             site=self.site,
             ask=self._ask,
             served=self._fed,
+            believed=self._verifier.is_coordinator,
         )
         self.inbound = Inbound(
             verifier=self._verifier,
@@ -170,6 +179,7 @@ class Gateway:
             revoked=self._new_revocations,
             reborn=self._upstream_reborn,
             clock=unix_ms,
+            trusted=self._new_trust,
         )
         self._timer_changed = asyncio.Event()
         self._stop = asyncio.Event()
@@ -251,6 +261,8 @@ class Gateway:
                 if self._above is not self._below:
                     tasks.append(group.create_task(self._above.run(), name="gateway-above"))
                 self.performer.perform(self.machine.resume(unix_ms()))
+                if self.trust.trust is not None:
+                    self._fed(ev.CoordinatorsChanged(listed=frozenset(self.trust.coordinators)))
                 self._timer_changed.set()
                 await self._stop.wait()
                 await self._goodbye()
@@ -311,7 +323,8 @@ class Gateway:
         if first or not session_present:
             # The broker may have lost what it retained for us, or a process before us has left something else.
             self.relay.republish()
-            for what, raw in ((Broadcast.REVOKED, self._revoked_raw), *self.performer.retained()):
+            known = ((Broadcast.REVOKED, self._revoked_raw), (Broadcast.TRUST, self.trust.bundle))
+            for what, raw in (*known, *self.performer.retained()):
                 if raw:
                     await self._say(self._below, self.site.broadcast(what), raw)
         else:
@@ -356,6 +369,17 @@ class Gateway:
         self.performer.publish(self._below, self.site.broadcast(Broadcast.REVOKED), raw, retain=True)
         self._fed(ev.Revoked(serials=frozenset(self._verifier.revocations.serials)))
 
+    def _new_trust(self, raw: bytes) -> None:
+        try:
+            news = self.trust.take(raw, now=unix_ms())
+        finally:
+            # Also where only the root was news: it may have taken a coordinator away.
+            if self.trust.trust is not None:
+                self._fed(ev.CoordinatorsChanged(listed=frozenset(self.trust.coordinators)))
+        if news:
+            self.performer.publish(self._below, self.site.broadcast(Broadcast.TRUST), raw, retain=True)
+            self.inbound.judge_again()
+
     # --- Status --------------------------------------------------------------------------------------------------
 
     def _round_over(self, round: int) -> None:
@@ -386,6 +410,7 @@ class Gateway:
             expected=len(rnd.expected) if rnd else 0,
             level=self.machine.members.level,
             journal_commits=self._pipeline.commits,
+            trust=self.trust.status(unix_ms()),
             updated=unix_ms(),
         )
 

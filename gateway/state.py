@@ -6,6 +6,8 @@ Rules (docs/protocol.md, Gateway):
   served, and until then it waits (``waiting``).
 - A later plan, or the end of the round, ends the round at once; its journal is deleted, and only the receipts of its
   updates are kept until the next round is over, because their devices may have missed them.
+- How far each coordinator's key has counted is remembered by key. When the owners list a key no more, its rounds are
+  void, and its count: whoever stole it may have counted as far as numbers go.
 - The census is sent when it changes, but not more often than `CENSUS_EVERY`.
 """
 
@@ -86,6 +88,7 @@ class GatewayMachine(Machine[GatewayState]):
         members: who is there; owned by the machine.
         last_round: the highest round ever opened or ended here.
         previous: what the devices of the last round may still ask about.
+        counted: the highest round of each coordinator's key.
     """
 
     NAME = "gateway"
@@ -98,6 +101,7 @@ class GatewayMachine(Machine[GatewayState]):
         members: Members | None = None,
         last_round: int = 0,
         previous: Previous | None = None,
+        counted: dict[bytes, int] | None = None,
     ) -> None:
         super().__init__(GatewayState.IDLE)
         self.site = site
@@ -105,6 +109,8 @@ class GatewayMachine(Machine[GatewayState]):
         self.members = members or Members()
         self.last_round = last_round
         self.previous = previous or Previous(accepted={})
+        # What is there without a key was counted before keys were remembered; it stays.
+        self.counted: dict[bytes, int] = {b"": last_round} if counted is None else dict(counted)
         self.round: RoundMachine | None = None
         self.served: ev.ModelServed | None = None
         self._pending: ev.PlanArrived | None = None
@@ -176,7 +182,7 @@ class GatewayMachine(Machine[GatewayState]):
             self.state = GatewayState.IDLE
             return [*over, ev.Refused(what=f"plan {event.plan.round}", reason=RejectReason.EXPIRED)]
         self._pending = event
-        self.last_round = event.plan.round
+        self._count(event.signer, event.plan.round)
         self.state = GatewayState.WAITING
         return [*over, *self._open_if_served(now)]
 
@@ -242,10 +248,32 @@ class GatewayMachine(Machine[GatewayState]):
             return [ev.Refused(what=f"end of round {event.round}", reason=RejectReason.WRONG_PLAN)]
         over = self._end()
         self.state = GatewayState.IDLE
-        self.last_round = event.round
+        self._count(event.signer, event.round)
         self._published = event.raw
         self._census_due = self._census_time(now)
         return [*over, ev.PublishPlan(event.raw)]
+
+    def _count(self, signer: bytes, round: int) -> None:
+        self.last_round = self.counted[signer] = round
+
+    def _coordinators(self, event: ev.CoordinatorsChanged, now: int) -> list[Any]:
+        gone = frozenset(key for key in self.counted if key and key not in event.listed)
+        if not gone:
+            return []
+        for key in gone:
+            del self.counted[key]
+        floor = max(self.counted.values(), default=0)
+        out: list[Any] = []
+        if self.last_round > floor:
+            # Rounds grow: one that is on is the last, and so it was theirs.
+            out = [*self._end(), ev.PublishPlan(b"")]
+            self.state = GatewayState.IDLE
+            self._published = b""
+            self._census_due = self._census_time(now)
+            self.last_round = floor
+            if self.previous.round > floor:
+                self.previous = Previous(accepted={})
+        return [*out, ev.LowerRound(round=floor, forget=gone)]
 
     def _model(self, event: ev.ModelServed, now: int) -> list[Any]:
         self.served = event
@@ -367,6 +395,9 @@ class GatewayMachine(Machine[GatewayState]):
         **{(state, ev.PresenceArrived): Edge("_presence") for state in _ANY},
         **{(state, ev.CensusArrived): Edge("_census_below") for state in _ANY},
         **{(state, ev.Revoked): Edge("_revoked") for state in _ANY},
+        (_S.IDLE, ev.CoordinatorsChanged): Edge("_coordinators"),
+        (_S.WAITING, ev.CoordinatorsChanged): Edge("_coordinators", _S.IDLE, _S.WAITING),
+        (_S.ROUND, ev.CoordinatorsChanged): Edge("_coordinators", _S.IDLE, _S.ROUND),
         **{(state, ev.SiteConnected): Edge("_site_connected") for state in _ANY},
         **{(state, ev.UpstreamConnected): Edge("_connect") for state in _ANY},
         **{(state, ev.UpstreamLost): Edge("_disconnect") for state in _ANY},

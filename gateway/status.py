@@ -35,6 +35,7 @@ class Status:
         answered, expected: devices in the open round.
         level: 0 with devices alone below it.
         journal_commits: transactions since the start; less than the messages stored, because they share them.
+        trust: versions and expiries of the trust metadata, and warnings; empty for a fleet without.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Status:
     expected: int
     level: int
     journal_commits: int
+    trust: dict[str, Any]
 
     def table(self) -> dict[str, Any]:
         """As JSON has it."""

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
+from fleetfed.cloud_coordinator.book import explain
 from fleetfed.cloud_coordinator.config import RoundSettings
 from fleetfed.cloud_coordinator.control import report
 from fleetfed.cloud_coordinator.events import (
@@ -26,6 +27,7 @@ from fleetfed.cloud_coordinator.events import (
     ResumeRequested,
     StartRequested,
 )
+from fleetfed.cloud_coordinator.privacy.book import PrivacyBudgetError
 from fleetfed.cloud_coordinator.publish import REVOCATIONS, Outgoing
 from fleetfed.cloud_coordinator.service import Coordinator
 from fleetfed.cloud_coordinator.state import State, Wish
@@ -166,20 +168,34 @@ class Control:
                 revocations = arguments.binary("revocations")
                 arguments.end()
                 return self._revoke(revocations)
+            case Command.KEYS_PUBLISH:
+                bundle = arguments.binary("bundle")
+                arguments.end()
+                return self._trust(bundle)
         raise CommandError("unknown_command", f"{request.command} is not known here; update the coordinator")
 
     def _start(self, arguments: _Arguments) -> Callable[[], dict[str, Any]]:
         coordinator = self._coordinator
         self._at_rest("round start")
-        table = _plain(coordinator.config.rounds)
+        table = {name: value for name, value in _plain(coordinator.config.rounds).items() if value is not None}
         given = arguments.rest()
         for name, value in given.items():
-            if isinstance(value, dict) and name == "training":
-                table[name] = table[name] | value
+            if isinstance(value, dict) and name in ("training", "privacy"):
+                table[name] = table.get(name, {}) | value
             else:
                 table[name] = value
         settings = config.build(RoundSettings, table, where="round start")
+        self._check(settings)
         return lambda: self._handled(StartRequested(settings))
+
+    def _check(self, settings: RoundSettings) -> None:
+        try:
+            self._coordinator.check_settings(settings)
+        except RemoteProtocolError as error:
+            # Every device would refuse the plan; so its operator is told instead.
+            raise CommandError(error.reason.value, explain(error)) from error
+        except PrivacyBudgetError as error:
+            raise CommandError("privacy_budget", str(error)) from error
 
     def _pause(self) -> Callable[[], dict[str, Any]]:
         if self._coordinator.machine.run.wish is not Wish.ROUNDS:
@@ -189,6 +205,7 @@ class Control:
     def _resume(self) -> Callable[[], dict[str, Any]]:
         if self._coordinator.machine.run.wish is not Wish.PAUSE:
             raise CommandError("not_paused", "rounds are not paused; start them with `fleetfed round start`")
+        self._check(self._coordinator.machine.run.settings)
         return lambda: self._handled(ResumeRequested())
 
     def _abort(self, reason: str) -> Callable[[], dict[str, Any]]:
@@ -270,6 +287,16 @@ class Control:
 
         return apply
 
+    def _trust(self, bundle: bytes) -> Callable[[], dict[str, Any]]:
+        try:
+            # Durable by itself, and the same when it is asked for again: only the answer is left for the transaction.
+            status = self._coordinator.trust.offer(bundle)
+        except RemoteProtocolError as error:
+            raise CommandError(
+                error.reason.value, f"the bundle is refused ({error}); nothing has changed; see `fleetfed keys status`"
+            ) from error
+        return lambda: status
+
     def _handled(self, event: object) -> dict[str, Any]:
         self._coordinator.handle(event)
         return self._summary()
@@ -321,8 +348,11 @@ class Control:
             "deadline": status.deadline,
             "gateways_ready": len(fleet.gateways),
             "devices_ready": fleet.devices,
+            "waiting_for": self._coordinator.waiting_for(),
             "rejected": self._coordinator.rejected.snapshot(),
+            "trust": self._coordinator.trust.status(),
             "settings": _plain(self._coordinator.machine.run.settings),
+            "privacy": self._coordinator.book.promise(),
             "history": list(status.history),
         }
 
@@ -350,6 +380,8 @@ class Control:
         if round_ is not None:
             row["round_seconds"] = (round_.closed - round_.opened) / 1000
             row["update_bytes_total"] = round_.update_bytes
+            if report.PRIVACY in round_.report:
+                row["privacy"] = round_.report[report.PRIVACY]
         return row
 
     def _fleet(self) -> dict[str, Any]:

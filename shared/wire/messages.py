@@ -465,6 +465,7 @@ class Command(StrEnum):
     FLEET_LIST = "fleet.list"
     FLEET_SHOW = "fleet.show"
     KEYS_REVOKE = "keys.revoke"
+    KEYS_PUBLISH = "keys.publish"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
