@@ -160,7 +160,7 @@ claims = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(claims, max_size=20))
 def test_whatever_is_asked_no_device_is_in_two_sums(wanted: list[Claim]) -> None:
     machine = HelperMachine(period=DAY, keys=[key(1)])
