@@ -29,6 +29,8 @@ def round_() -> None:
     epilog=output.example(
         "fleetfed round start --rounds 20 --target 0.95",
         "fleetfed round start --fraction 0.2 --set training.epochs=2 --set training.learning_rate=0.01",
+        "fleetfed round start --mode split --minimum-cohort 20 --minimum-owners 3",
+        "fleetfed round start --mode split --bucket 64 --robust trimmed_mean --set trim=0.25",
     )
 )
 @click.option("--rounds", type=click.IntRange(0, 1_000_000), help="Versions to make, then stop; 0 for no limit.")
@@ -37,6 +39,18 @@ def round_() -> None:
 @click.option("--interval", type=click.FloatRange(0), help="Seconds between two rounds.")
 @click.option("--deadline", type=click.FloatRange(0.05), help="Seconds until gateways close a round.")
 @click.option("--expires", type=click.FloatRange(0.1), help="Seconds until the coordinator closes it.")
+@click.option("--mode", type=click.Choice(["plain", "split"]), help="split: nobody can read a single update.")
+@click.option("--minimum-cohort", type=click.IntRange(2), help="split: fewest devices in any sum that is revealed.")
+@click.option("--minimum-owners", type=click.IntRange(1), help="split: fewest owners of a site's devices.")
+@click.option(
+    "--bucket", type=click.IntRange(0), help="split: devices in each of several sums; 0 for one sum per site."
+)
+@click.option("--seed-holders", type=click.IntRange(1, 2), help="split: 2 needs the helper as well.")
+@click.option(
+    "--robust",
+    type=click.Choice(["none", "trimmed_mean", "geometric_median"]),
+    help="split with buckets: how their means become one step.",
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of [rounds]; may be repeated.")
 @control_options
 @output.json_option
@@ -47,6 +61,12 @@ def start(
     interval: float | None,
     deadline: float | None,
     expires: float | None,
+    mode: str | None,
+    minimum_cohort: int | None,
+    minimum_owners: int | None,
+    bucket: int | None,
+    seed_holders: int | None,
+    robust: str | None,
     settings: tuple[str, ...],
     config: Path,
     timeout: float,
@@ -60,6 +80,12 @@ def start(
         "interval": interval,
         "deadline": deadline,
         "expires": expires,
+        "mode": mode,
+        "minimum_cohort": minimum_cohort,
+        "minimum_owners": minimum_owners,
+        "bucket": bucket,
+        "seed_holders": seed_holders,
+        "robust": robust,
     }
     arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for text in settings:
@@ -167,7 +193,7 @@ def history_table(history: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     grid = Table(box=box.SIMPLE_HEAD)
-    for name in ("round", "outcome", "version", "accuracy", "devices", "up", "patch", "seconds"):
+    for name in ("round", "outcome", "mode", "version", "accuracy", "devices", "lost", "up", "patch", "seconds"):
         grid.add_column(name, justify="left" if name == "outcome" else "right")
     for row in history:
         grid.add_row(*history_row(row))
@@ -181,13 +207,24 @@ def history_row(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         str(row.get("round", "-")),
         str(row.get("outcome", "-")),
+        str(row.get("mode", "-")),
         str(row.get("version") or "-"),
         f"{accuracy:.4f}" if isinstance(accuracy, float) else "-",
         str(row.get("contributors", "-")),
+        lost(row),
         output.size(row["update_bytes"]) if "update_bytes" in row else "-",
         output.size(row["patch_bytes"]) if "patch_bytes" in row else "-",
         f"{seconds:.2f}" if isinstance(seconds, float) else "-",
     )
+
+
+def lost(row: dict[str, Any]) -> str:
+    """Committed devices that the version does not hold, and of how many sums they were."""
+    contributors, committed = row.get("contributors"), row.get("committed")
+    if not isinstance(contributors, int) or not isinstance(committed, int) or committed <= contributors:
+        return "-"
+    buckets = row.get("bucket_lost")
+    return f"{committed - contributors} ({buckets} buckets)" if buckets else str(committed - contributors)
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:
@@ -195,7 +232,7 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
         output.print_json(result)
         return
     history = result.get("history", [])
-    hidden = {"history", "settings"}
+    hidden = {"history", "settings", *(() if result.get("waiting_for") else ("waiting_for",))}
     output.pairs({key: value for key, value in result.items() if key not in hidden}, first=_FIRST)
     if history:
         from rich.console import Console

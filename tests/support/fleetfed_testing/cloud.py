@@ -125,12 +125,13 @@ class Fleet:
         self.authority = Authority()
         self.identities: dict[str, Identity] = {}
         self.signers: dict[str, Signer] = {}
+        self.owners: dict[str, str] = {}
         self._random = itertools.count(1)
 
     def member(self, role: Role, name: str, site: str) -> Identity:
         """The identity of ``name``, always the same."""
         if name not in self.identities:
-            self.identities[name] = self.authority.member(role, name, site)
+            self.identities[name] = self.authority.member(role, name, site, owner=self.owners.get(name, ""))
         return self.identities[name]
 
     def randomness(self, size: int) -> bytes:
@@ -145,10 +146,8 @@ class Fleet:
         return self.signers[name]
 
 
-def update_of(
-    fleet: Fleet, device: str, site: str, plan: Plan, plan_hash: Digest, ring: Ring, /, *, seed: int = 0, **changes: Any
-) -> Update:
-    """A device's update for a plan, drawn from its name and ``seed``; ``changes`` are of the extension."""
+def contribution_of(device: str, ring: Ring, *, seed: int = 0) -> tuple[Values, Words]:
+    """What a device has to say, drawn from its name and ``seed``: values and meta words."""
     rng = np.random.default_rng([seed, *device.encode()])
     limit = ring.limit(1)
     values: Values = rng.integers(-limit, limit + 1, size=ring.layout.dimension).astype(np.int8)
@@ -165,6 +164,11 @@ def update_of(
             log2_rms=(-6.0,) * len(ring.meta.sizes),
         )
     )
+    return values, meta
+
+
+def extension_of(plan: Plan, plan_hash: Digest, ring: Ring, **changes: Any) -> UpdateExtension:
+    """The extension of a right update, less what ``changes`` say."""
     fields: dict[str, Any] = {
         "bits": plan.quantization.bits,
         "lane_bits": plan.quantization.lane_bits,
@@ -173,14 +177,22 @@ def update_of(
         "plan": plan_hash,
         "model_sha256": plan.model_sha256,
     }
+    return UpdateExtension(**{**fields, **changes})
+
+
+def update_of(
+    fleet: Fleet, device: str, site: str, plan: Plan, plan_hash: Digest, ring: Ring, /, *, seed: int = 0, **changes: Any
+) -> Update:
+    """A device's update for a plan, drawn from its name and ``seed``; ``changes`` are of the extension."""
+    values, meta = contribution_of(device, ring, seed=seed)
     message = fleet.signer(Role.DEVICE, device, site).sign_raw(
         MessageKind.UPDATE,
-        encode_body(values, meta, limit=limit),
+        encode_body(values, meta, limit=ring.limit(1)),
         raw_size=ring.layout.dimension,
         compressed=True,
         now=plan.opened,
         round=changes.pop("round", plan.round),
-        extension=UpdateExtension(**{**fields, **changes}).encode(),
+        extension=extension_of(plan, plan_hash, ring, **changes).encode(),
     )
     return Update(device, message, values, meta)
 
@@ -342,6 +354,10 @@ class World:
         """Crash and start again."""
         await self.close()
         self.open()
+
+    def site_of(self, head: Head) -> str:
+        """The site of whoever signed a head."""
+        return self.coordinator.verifier.certificate(head.certificate, now=self.clock.now).site
 
     # --- What gateways do ---------------------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ class Authority:
         self.key = SigningKey.generate()
         self._serials = itertools.count(1)
 
-    def member(self, role: Role, name: str, site: str = SITE) -> Identity:
+    def member(self, role: Role, name: str, site: str = SITE, *, owner: str = "") -> Identity:
         """A new identity."""
         key = SigningKey.generate()
         now = unix_ms()
@@ -75,6 +75,7 @@ class Authority:
             fleet=self.fleet,
             id=name,
             site=site,
+            owner=owner,
             not_before=now - _YEAR,
             not_after=now + _YEAR,
             public_key=key.public,
