@@ -9,16 +9,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fleetfed.cloud_coordinator import events as ev
 from fleetfed.cloud_coordinator.config import CoordinatorConfig, RoundSettings
 from fleetfed.cloud_coordinator.control import report
+from fleetfed.cloud_coordinator.privacy.book import PrivacyBook, PrivacyBudgetError
+from fleetfed.cloud_coordinator.privacy.noising import Noise
+from fleetfed.cloud_coordinator.privacy.settings import PrivacySettings
 from fleetfed.cloud_coordinator.proposals import PlanInForce
 from fleetfed.cloud_coordinator.publish import PLAN
 from fleetfed.cloud_coordinator.round import Round
 from fleetfed.cloud_coordinator.secure.helper import HelperKey
 from fleetfed.cloud_coordinator.secure.seals import Seals
 from fleetfed.cloud_coordinator.secure.unmask import Unmasked
+from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
 from fleetfed.cloud_coordinator.storage.records import ExchangeRecord, RevealResult, RoundRecord, VersionRecord
 from fleetfed.cloud_coordinator.storage.restore import own_message, restore_round
 from fleetfed.cloud_coordinator.storage.rows import GOOD
@@ -28,7 +33,7 @@ from fleetfed.cloud_coordinator.training.robust import Robust, RobustRule
 from fleetfed.cloud_coordinator.training.step import ring_of
 from fleetfed.cloud_coordinator.training.sums import RoundSum, encode_parts
 from fleetfed.shared.aggregate.accumulator import Partial
-from fleetfed.shared.errors import RejectReason, RemoteProtocolError
+from fleetfed.shared.errors import ConfigError, RejectReason, RemoteProtocolError
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.secure.box import SealSecret
 from fleetfed.shared.telemetry import Counters
@@ -74,7 +79,7 @@ class RoundBook:
 
     Args:
         config: the settings.
-        store: the database.
+        store, blobs: durable state.
         verifier: of the fleet, with the policy that plans must keep.
         sign: signs as the coordinator: kind, body, time, round.
         randomness: returns so many unpredictable bytes.
@@ -86,6 +91,7 @@ class RoundBook:
         config: CoordinatorConfig,
         *,
         store: Store,
+        blobs: BlobStore,
         verifier: Verifier,
         sign: Callable[[MessageKind, object, int, int], Message],
         randomness: Callable[[int], bytes],
@@ -93,6 +99,7 @@ class RoundBook:
     ) -> None:
         self.current: PlanInForce | None = None
         self.seals = Seals(store, randomness)
+        self.privacy = PrivacyBook(store, blobs)
         self._config = config
         self._store = store
         self._verifier = verifier
@@ -100,6 +107,7 @@ class RoundBook:
         self._randomness = randomness
         self._rejected = rejected
         self._sum: RoundSum | None = None
+        self._secret: SealSecret | None = None
         self._settings = config.rounds
 
     # --- Opening ------------------------------------------------------------------------------------------------------
@@ -109,9 +117,13 @@ class RoundBook:
 
         Raises:
             RemoteProtocolError: `BELOW_POLICY`, `STALE_TRUST` or `WRONG_SHAPE`.
+            ConfigError: differential privacy that cannot be had.
+            PrivacyBudgetError: not one more round.
         """
         seal = self.seals.make() if settings.mode is Mode.SPLIT else None
-        self._plan(settings, base=base, card=card, tiers=tiers, now=now, number=1, seal=seal, helper=_ANY_HELPER)
+        last = next(iter(self._store.rounds(limit=1)), None)
+        number = 1 if last is None else last.number + 1
+        self._plan(settings, base=base, card=card, tiers=tiers, now=now, number=number, seal=seal, helper=_ANY_HELPER)
 
     def open(
         self,
@@ -138,6 +150,8 @@ class RoundBook:
         if settings.needs_helper and key is None:
             return ev.OpenRefused(reason=NO_HELPER, passing=True)
         seal = self.seals.make() if settings.mode is Mode.SPLIT else None
+        # In plain rounds it seals nothing, and the noise alone is drawn from it.
+        secret = self.seals.make() if seal is None and settings.privacy is not None else seal
         try:
             plan = self._plan(
                 settings,
@@ -151,9 +165,13 @@ class RoundBook:
             )
         except RemoteProtocolError as error:
             return self._refused(error)
+        except (ConfigError, PrivacyBudgetError) as error:
+            _log.error("no round is opened: %s", error)
+            return ev.OpenRefused(reason=str(error))
         message = self._sign(MessageKind.PLAN, plan, now, plan.round)
         encoded = message.encode()
         with self._store.transaction():
+            promised = {} if plan.privacy is None else {report.PRIVACY: self.privacy.spend(plan)}
             self._store.open_round(
                 RoundRecord(
                     number=plan.round,
@@ -163,14 +181,14 @@ class RoundBook:
                     awaited=instruction.awaited,
                     opened=now,
                     expires=plan.expires,
-                    report={"mode": plan.mode.value},
+                    report={"mode": plan.mode.value} | promised,
                 )
             )
-            if seal is not None:
-                self.seals.keep(plan.round, seal)
+            if secret is not None:
+                self.seals.keep(plan.round, secret)
             self._store.put_document(PLAN, encoded)
             self._store.forget_exchanges(below=plan.round - self._config.storage.keep_rounds)
-        self._enter(plan, message.head.hash, card, seal, settings)
+        self._enter(plan, message.head.hash, card, secret, settings)
         _log.info("round %d: opened, waiting for %s", plan.round, ", ".join(sorted(instruction.awaited)))
         return ev.RoundOpened(plan=message.head.hash, expires=plan.expires)
 
@@ -186,7 +204,9 @@ class RoundBook:
         seal: SealSecret | None,
         helper: bytes,
     ) -> Plan:
-        split = None
+        split, privacy = None, None
+        if settings.privacy is not None:
+            privacy = self.privacy.privacy_of(settings.privacy, card.parameters)
         if seal is not None:
             split = Split(
                 seal_key=seal.public,
@@ -206,10 +226,13 @@ class RoundBook:
                 nonce=self._randomness(16),
                 split=split,
                 policy=self._verifier.policy.version,
+                privacy=privacy,
             )
         except ValueError as error:
             raise RemoteProtocolError(RejectReason.WRONG_SHAPE, str(error)) from error
         ring_of(plan, card)
+        if settings.privacy is not None:
+            self.privacy.check(plan, settings.privacy)
         self._verifier.check_plan(plan, now=now)
         return plan
 
@@ -223,7 +246,9 @@ class RoundBook:
         self, plan: Plan, plan_hash: Digest, card: ModelCard, secret: SealSecret | None, settings: RoundSettings
     ) -> None:
         ring = ring_of(plan, card)
-        self.current = PlanInForce(plan=plan, hash=plan_hash, ring=ring, secret=secret)
+        seal = secret if plan.mode is Mode.SPLIT else None
+        self.current = PlanInForce(plan=plan, hash=plan_hash, ring=ring, secret=seal)
+        self._secret = secret
         self._settings = settings
         apart = settings.robust is not Robust.NONE
         self._sum = RoundSum(ring, capacity=plan.quorum.cohort_cap, apart=apart)
@@ -240,7 +265,8 @@ class RoundBook:
             StorageError: what is stored is damaged.
         """
         plan, head = own_message(record.plan, Plan)
-        secret = self.seals.of(record.number) if plan.mode is Mode.SPLIT else None
+        secretive = plan.mode is Mode.SPLIT or plan.privacy is not None
+        secret = self.seals.of(record.number) if secretive else None
         self._enter(plan, head.hash, card, secret, settings)
         assert self.current is not None
         assert self._sum is not None
@@ -311,6 +337,29 @@ class RoundBook:
         rule = RobustRule(rule=settings.robust, trim=settings.trim, iterations=settings.iterations, parts=parts)
         return total, rule
 
+    def noise(self) -> Noise | None:
+        """What the coordinator's noise of the round is drawn from; None without differential privacy.
+
+        Raises:
+            StorageError: the noise state is missing or damaged.
+        """
+        current = self.current
+        assert current is not None
+        if current.plan.privacy is None:
+            return None
+        assert self._secret is not None
+        return self.privacy.noise(current.plan, current.hash, self._secret.encode())
+
+    def promise(self) -> dict[str, Any]:
+        """What the last private round promised, all that was spent in it; empty for none."""
+        last = next((each for each in self._store.rounds(limit=report.HISTORY) if report.PRIVACY in each.report), None)
+        return {} if last is None else dict(last.report[report.PRIVACY])
+
+    @property
+    def step_privacy(self) -> PrivacySettings:
+        """The settings of the open round's privacy."""
+        return self._settings.privacy or PrivacySettings()
+
     def abort(self, number: int, reason: str, now: int) -> RoundRecord:
         """Store that the round ended without a version."""
         before = self.record(number)
@@ -328,7 +377,7 @@ class RoundBook:
             self._store.forget_words(record.number)
             self._store.put_document(PLAN, signed.encode())
             self.seals.destroy()
-        self._sum = None
+        self._sum, self._secret = None, None
         if self.current is not None:
             self.current = replace(self.current, secret=None)
 

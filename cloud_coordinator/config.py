@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from fleetfed.cloud_coordinator.privacy.settings import PrivacySettings
 from fleetfed.cloud_coordinator.training.clips import ClipConfig
 from fleetfed.cloud_coordinator.training.optimizers import OptimizerConfig
 from fleetfed.cloud_coordinator.training.robust import Robust
@@ -50,6 +51,7 @@ from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.codec import Length, Range
 from fleetfed.shared.wire.fields import Fraction
 from fleetfed.shared.wire.messages import Mode, Training, Weighting
+from fleetfed.shared.wire.privacy import Mechanism
 
 Seconds = Annotated[float, Range(0.0, 30 * 86400.0)]
 
@@ -82,6 +84,7 @@ class RoundSettings:
             ``geometric_median``.
         trim: for ``trimmed_mean``, the part of the buckets to leave out at either end.
         iterations: for ``geometric_median``.
+        privacy: differential privacy (``[rounds.privacy]``); none without it.
     """
 
     rounds: Annotated[int, Range(0, 1_000_000)] = 0
@@ -108,6 +111,7 @@ class RoundSettings:
     robust: Robust = Robust.NONE
     trim: Annotated[float, Range(0.0, 0.5)] = 0.2
     iterations: Annotated[int, Range(1, 1000)] = 50
+    privacy: PrivacySettings | None = None
 
     def __post_init__(self) -> None:
         if self.expires <= self.deadline:
@@ -127,6 +131,28 @@ class RoundSettings:
             ):
                 if given:
                     raise ConfigError(f"{name} is for split mode: leave it out, or set mode = 'split'")
+
+        if self.privacy is not None:
+            self._check_privacy(self.privacy)
+
+    def _check_privacy(self, privacy: PrivacySettings) -> None:
+        if self.weighting is not Weighting.UNIFORM:
+            raise ConfigError("privacy needs weighting = 'uniform': a weight says how much data a device has")
+        if self.error_feedback:
+            raise ConfigError("privacy does not go with error_feedback: what a clip cut off would come back")
+        if privacy.mechanism is Mechanism.SKELLAM:
+            if self.mode is not Mode.SPLIT:
+                raise ConfigError("the mechanism skellam is for split mode: set mode = 'split'")
+            if privacy.honest > self.minimum_cohort:
+                raise ConfigError(
+                    f"privacy.honest {privacy.honest} is more than minimum_cohort {self.minimum_cohort}: a sum of so "
+                    "few would have less noise than is promised; raise minimum_cohort"
+                )
+        elif self.robust is not Robust.NONE:
+            raise ConfigError(
+                f"robust = '{self.robust}' does not go with the mechanism {privacy.mechanism}: the coordinator's noise "
+                "is measured for a sum; leave robust out, or let devices add the noise (skellam)"
+            )
 
     def _check_split(self) -> None:
         if self.minimum_cohort > self.cohort_cap:

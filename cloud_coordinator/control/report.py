@@ -18,6 +18,9 @@ from fleetfed.shared.wire.messages import Outcome, Status
 HISTORY: Final = 50
 """Rounds that the status carries: each subscriber gets all of them with every change."""
 
+PRIVACY: Final = "privacy"
+"""Where a round's report has what it promises (`accounting.statement`)."""
+
 _LABELS: Final = 64
 """Different reasons of each kind that a round's record keeps."""
 
@@ -58,6 +61,12 @@ def round_report(
     if meta is not None and meta.beyond is not None:
         found["beyond_clip"] = meta.beyond
     return found
+
+
+def privacy_metrics(record: RoundRecord) -> dict[str, float]:
+    """What all private rounds up to this one cost any device at most; empty for a round without privacy."""
+    promise = record.report.get(PRIVACY)
+    return {} if promise is None else {"epsilon": promise["epsilon"], "delta": promise["delta"]}
 
 
 def _masked_report(exchanges: Sequence[ExchangeRecord]) -> dict[str, Any]:
@@ -137,7 +146,9 @@ def history_row(record: RoundRecord) -> dict[str, Any]:
     }
     if record.reason:
         row["reason"] = record.reason
-    return row | record.report
+    # The whole promise is the same in every round but for its price.
+    shown = {name: value for name, value in record.report.items() if name != PRIVACY}
+    return row | shown | privacy_metrics(record)
 
 
 def version_row(record: VersionRecord) -> dict[str, Any]:

@@ -25,7 +25,9 @@ import numpy as np
 from fleetfed.cloud_coordinator.privacy.matrix import column_square
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.privacy.mechanism import FLAG_SENSITIVITY
+from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.codec import Length
+from fleetfed.shared.wire.envelope import digest
 from fleetfed.shared.wire.fields import Count, Positive
 from fleetfed.shared.wire.privacy import Mechanism, Privacy
 
@@ -54,6 +56,7 @@ class Segment:
             `wire.privacy.Privacy`.
         dimension: coordinates of a contribution.
         rounds: opened so far.
+        first, last: numbers of the first and the last of them; others may lie in between.
     """
 
     mechanism: Mechanism
@@ -66,9 +69,11 @@ class Segment:
     flag_noise: float
     dimension: Positive
     rounds: Count = 0
+    first: Count = 0
+    last: Count = 0
 
     @classmethod
-    def of(cls, privacy: Privacy, dimension: int, *, rounds: int = 0) -> Segment:
+    def of(cls, privacy: Privacy, dimension: int) -> Segment:
         """The segment that a plan's rounds belong to."""
         return cls(
             mechanism=privacy.mechanism,
@@ -80,21 +85,26 @@ class Segment:
             band=privacy.band,
             flag_noise=privacy.flag_noise,
             dimension=dimension,
-            rounds=rounds,
         )
 
     @property
     def participations(self) -> int:
         """Most rounds of it that one device can have been in."""
-        return min(self.max_participations, -(-self.rounds // self.min_separation))
+        span = self.last - self.first + 1
+        return min(self.max_participations, self.rounds, -(-span // self.min_separation))
+
+    @property
+    def name(self) -> str:
+        """Names the parameters: the same for all rounds of one mechanism, another for any other."""
+        return digest(codec.encode(replace(self, rounds=0, first=0, last=0))).hex()
 
     def full(self) -> Segment:
         """The same after as many rounds as let a device take part as often as it may."""
-        return replace(self, rounds=self.max_participations * self.min_separation)
+        return self.over(self.max_participations * self.min_separation)
 
-    def joins(self, other: Segment) -> bool:
-        """Whether the rounds of both are one mechanism."""
-        return replace(self, rounds=0) == replace(other, rounds=0)
+    def over(self, rounds: int) -> Segment:
+        """The same after so many rounds in a row."""
+        return replace(self, rounds=rounds, first=1, last=rounds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,12 +117,13 @@ class Account:
 
     segments: Annotated[tuple[Segment, ...], Length(0, 10_000)] = ()
 
-    def after(self, segment: Segment) -> Account:
-        """The account with one more round."""
-        if self.segments and self.segments[-1].joins(segment):
+    def after(self, segment: Segment, number: int) -> Account:
+        """The account with one more round, of this number."""
+        if self.segments and self.segments[-1].name == segment.name:
             last = self.segments[-1]
-            return Account(segments=(*self.segments[:-1], replace(last, rounds=last.rounds + 1)))
-        return Account(segments=(*self.segments, replace(segment, rounds=1)))
+            grown = replace(last, rounds=last.rounds + 1, last=number)
+            return Account(segments=(*self.segments[:-1], grown))
+        return Account(segments=(*self.segments, replace(segment, rounds=1, first=number, last=number)))
 
     def epsilon(self, delta: float) -> float:
         """What the rounds have cost any one device, at most."""

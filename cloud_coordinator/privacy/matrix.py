@@ -67,15 +67,17 @@ class MatrixState:
 
     Attributes:
         mechanism: which parameters it belongs to (`accounting.Segment.name`); with others the noise begins anew.
+        round: number of the last of them.
         history: float32 vectors, newest first, at most ``band - 1`` of them.
     """
 
     mechanism: str
+    round: int = 0
     history: tuple[Vector, ...] = field(default=())
 
     def encode(self) -> bytes:
         """The state's bytes: as secret as the data of the devices."""
-        packed = msgpack.packb([_FORMAT, self.mechanism, [v.astype("<f4").tobytes() for v in self.history]])
+        packed = msgpack.packb([_FORMAT, self.mechanism, self.round, [v.astype("<f4").tobytes() for v in self.history]])
         assert isinstance(packed, bytes)
         return packed
 
@@ -87,13 +89,13 @@ class MatrixState:
             StorageError: it is damaged.
         """
         try:
-            version, name, vectors = msgpack.unpackb(data, max_bin_len=len(data))
+            version, name, number, vectors = msgpack.unpackb(data, max_bin_len=len(data))
             if version != _FORMAT:
                 raise StorageError(f"noise state of version {version}")
             history: list[Any] = [np.frombuffer(vector, dtype="<f4").astype(np.float32) for vector in vectors]
         except (ValueError, TypeError) as error:
             raise StorageError(f"the stored noise state is damaged: {error}") from error
-        return cls(mechanism=name, history=tuple(history))
+        return cls(mechanism=name, round=number, history=tuple(history))
 
 
 def next_noise(history: Sequence[Vector], *, dimension: int, sigma: float, band: int, key: bytes) -> Vector:

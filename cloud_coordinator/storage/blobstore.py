@@ -68,7 +68,8 @@ class BlobStore:
 
     def _write(self, data: bytes | memoryview) -> Path:
         path = self._root / f"{_TEMPORARY}{secrets.token_hex(8)}"
-        with path.open("xb") as file:
+        # Sums, optimizer and noise states are nobody else's business.
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -106,6 +107,10 @@ class BlobStore:
                 return file.read(size)
         except OSError as error:
             raise StorageError(f"{path}: {error.strerror}; restore the state folder from a backup") from error
+
+    def remove(self, name: bytes) -> None:
+        """Delete an object that nothing refers to any more, without waiting for `collect`."""
+        self.path(name).unlink(missing_ok=True)
 
     def collect(self, keep: set[bytes]) -> int:
         """Delete every object that is not in ``keep``, and what writes that crashed left behind; return how many.

@@ -47,6 +47,8 @@ from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.envelope import Digest, MessageId
 from fleetfed.shared.wire.messages import BlobRef
 
+NOISE: Final = "noise"
+"""Document: the object with the noise that the next round's is correlated with, where it is."""
 _SCHEMA_KEY: Final = "schema"
 _INLINE: Final = 4 * limits.MIB
 """Bytes of a partial up to which it is kept in the database: one sync instead of three."""
@@ -444,4 +446,5 @@ class Store:
             names |= {bytes(value) for value in row.values() if value is not None}
         for row in self._read(sa.select(e.c.reveal_blob).where(e.c.reveal_blob.is_not(None))):
             names.add(bytes(row["reveal_blob"]))
-        return names | set(self.published())
+        noise = self.document(NOISE)
+        return names | set(self.published()) | (set() if noise is None else {noise})

@@ -67,15 +67,23 @@ class ClipState:
         bits: of the next plan.
         clips: per tensor, float32 values.
         multipliers: per tensor.
+        norm: under differential privacy, how long a delta may be in units of the weights, where that adapts; it takes
+            the place of the clips, which would say more of the devices than was paid for. 0 for nothing known yet.
     """
 
     bits: int
     clips: tuple[float, ...]
     multipliers: tuple[float, ...]
+    norm: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists, for a database or msgpack."""
-        return {"bits": self.bits, "clips": list(self.clips), "multipliers": list(self.multipliers)}
+        kept: dict[str, Any] = {
+            "bits": self.bits,
+            "clips": list(self.clips),
+            "multipliers": list(self.multipliers),
+        }
+        return kept | ({"norm": self.norm} if self.norm else {})
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> ClipState:
@@ -88,12 +96,14 @@ class ClipState:
             bits = int(stored["bits"])
             clips = tuple(float(value) for value in stored["clips"])
             multipliers = tuple(float(value) for value in stored["multipliers"])
+            norm = float(stored.get("norm", 0.0))
         except (KeyError, TypeError, ValueError) as error:
             raise StorageError(f"the stored clips are damaged: {error!r}") from error
         good = 2 <= bits <= 16 and clips and len(clips) == len(multipliers)
-        if not good or not all(math.isfinite(value) and value > 0 for value in (*clips, *multipliers)):
+        sound = all(math.isfinite(value) and value > 0 for value in (*clips, *multipliers))
+        if not good or not sound or not 0 <= norm < math.inf:
             raise StorageError("the stored clips are damaged")
-        return cls(bits=bits, clips=clips, multipliers=multipliers)
+        return cls(bits=bits, clips=clips, multipliers=multipliers, norm=norm)
 
 
 def first_clips(weights: NDArray[np.float32], sizes: Sequence[int], config: ClipConfig) -> ClipState:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from fleetfed.cloud_coordinator.config import RoundSettings
+from fleetfed.cloud_coordinator.privacy.settings import quantization_of
 from fleetfed.cloud_coordinator.storage.records import VersionRecord
 from fleetfed.shared.aggregate.lanes import choose_lane_bits
 from fleetfed.shared.wire.masking import Split
 from fleetfed.shared.wire.messages import Eligibility, Plan, Quantization, Quorum
+from fleetfed.shared.wire.privacy import Privacy
 
 
 def make_plan(
@@ -20,6 +22,7 @@ def make_plan(
     nonce: bytes,
     split: Split | None = None,
     policy: int = 0,
+    privacy: Privacy | None = None,
 ) -> Plan:
     """Return the plan of round ``number``.
 
@@ -33,6 +36,7 @@ def make_plan(
         nonce: 16 unpredictable bytes.
         split: how updates are masked, in split mode.
         policy: version of the pinned policy in force.
+        privacy: what the settings' privacy comes to for this model; None without it.
 
     Raises:
         ValueError: no lane is wide enough for so many contributions of so many bits.
@@ -42,13 +46,7 @@ def make_plan(
         model_version=base.version,
         model_sha256=base.sha256,
         dimension=dimension,
-        quantization=Quantization(
-            bits=base.clips.bits,
-            lane_bits=choose_lane_bits(base.clips.bits, settings.cohort_cap),
-            clips=base.clips.clips,
-            weight_cap=settings.plan_weight_cap,
-            error_feedback=settings.error_feedback,
-        ),
+        quantization=_quantization(settings, base, dimension=dimension, privacy=privacy),
         training=settings.training,
         eligibility=Eligibility(
             fraction=settings.fraction, labels=settings.labels, minimum_examples=settings.minimum_examples
@@ -65,4 +63,28 @@ def make_plan(
         mode=settings.mode,
         split=split,
         policy=policy,
+        privacy=privacy,
+    )
+
+
+def _quantization(
+    settings: RoundSettings, base: VersionRecord, *, dimension: int, privacy: Privacy | None
+) -> Quantization:
+    if settings.privacy is not None and privacy is not None:
+        # Not the clips, which follow what devices reported before there was privacy, or without being paid for.
+        adapted = base.clips.norm if settings.privacy.quantile else 0.0
+        return quantization_of(
+            settings.privacy,
+            privacy,
+            dimension=dimension,
+            tensors=len(base.clips.clips),
+            cohort_cap=settings.cohort_cap,
+            norm=adapted or settings.privacy.clip,
+        )
+    return Quantization(
+        bits=base.clips.bits,
+        lane_bits=choose_lane_bits(base.clips.bits, settings.cohort_cap),
+        clips=base.clips.clips,
+        weight_cap=settings.plan_weight_cap,
+        error_feedback=settings.error_feedback,
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from fleetfed.cloud_coordinator.control.report import meta_metrics
+from fleetfed.cloud_coordinator.privacy.noising import Noise
 from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
 from fleetfed.cloud_coordinator.storage.records import Origin, VersionRecord
 from fleetfed.cloud_coordinator.training.clips import ClipConfig, first_clips
@@ -79,6 +80,21 @@ class SinceFull:
     patches: int
     bytes: int
     full: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What a round came to.
+
+    Attributes:
+        record: of the version, less what the round has to say.
+        meta: what the devices reported.
+        noise: the object that holds what the next round's noise is correlated with; None where it is not.
+    """
+
+    record: VersionRecord
+    meta: MetaSum
+    noise: bytes | None = None
 
 
 def read_model(file: Path, card: Path) -> SourceModel:
@@ -231,11 +247,9 @@ def version_of_round(
     blobs: BlobStore,
     evaluator: Evaluator | None,
     robust: RobustRule,
-) -> tuple[VersionRecord, MetaSum]:
+    noise: Noise | None = None,
+) -> Made:
     """Step, evaluate, store the objects: all of a round's computation, in whatever thread.
-
-    Returns:
-        The record, less what the round has to say, and what the devices reported.
 
     Raises:
         StepError: no version can be made of the sum.
@@ -251,6 +265,7 @@ def version_of_round(
         clips=base.clips,
         config=config,
         robust=robust,
+        noise=noise,
     )
     metrics: dict[str, float] = {}
     if evaluator is not None:
@@ -260,7 +275,9 @@ def version_of_round(
             # The fleet's work is not to be lost because of the validation set.
             _log.error("this version was not evaluated: %s", error)
     metrics |= meta_metrics(step.meta)
-    return from_step(step, base=base, blobs=blobs, since=since, full_every=full_every, metrics=metrics), step.meta
+    record = from_step(step, base=base, blobs=blobs, since=since, full_every=full_every, metrics=metrics)
+    kept = None if step.noise is None else blobs.put(step.noise.encode())[0]
+    return Made(record=record, meta=step.meta, noise=kept)
 
 
 def since_full(newest_first: Sequence[VersionRecord]) -> SinceFull:

@@ -26,11 +26,21 @@ LEAVES = [path for path, command in ALL.items() if not isinstance(command, click
 
 
 def test_the_commands_are_those_of_the_manual() -> None:
-    assert {path[0] for path in LEAVES} == {"demo", "coordinator", "round", "model", "fleet", "keys", "broker"}
+    assert {path[0] for path in LEAVES} == {
+        "demo",
+        "coordinator",
+        "round",
+        "model",
+        "fleet",
+        "privacy",
+        "keys",
+        "broker",
+    }
     wanted = {
         "round": {"start", "pause", "resume", "abort", "status", "watch"},
         "model": {"build", "publish", "list", "show", "rollback", "export"},
         "fleet": {"list", "show"},
+        "privacy": {"plan", "explain"},
         "keys": {"init", "issue", "revoke", "list", "crl"},
         "coordinator": {"init", "run"},
         "broker": {"run", "render"},

@@ -41,9 +41,8 @@ def segment(mechanism: Mechanism = Mechanism.CENTRAL, *, z: float = 5.0, times: 
         mechanism=mechanism,
         noise_multiplier=z,
         max_participations=times,
-        rounds=times,
         **(defaults | given),
-    )
+    ).over(times)
 
 
 def cost(*segments: Segment) -> float:
@@ -179,7 +178,7 @@ def test_more_noise_costs_less_and_more_rounds_cost_more(
 ) -> None:
     one = segment(mechanism, z=z, times=times, clip=clip, dimension=1000)
     assert cost(replace(one, noise_multiplier=1.2 * z)) < cost(one)
-    assert cost(replace(one, max_participations=times + 1, rounds=times + 1)) > cost(one)
+    assert cost(replace(one, max_participations=times + 1).over(times + 1)) > cost(one)
     if mechanism is not Mechanism.MATRIX:
         # No discrete noise is cheaper than the continuous noise of its deviation.
         assert cost(one) >= dpa.get_epsilon_gaussian(z / math.sqrt(times), DELTA) * (1 - 1e-9)
@@ -211,10 +210,10 @@ def test_what_devices_say_of_their_clips_is_paid_for() -> None:
 
 
 def test_rounds_cost_until_every_device_is_spent() -> None:
-    one = replace(segment(times=10), rounds=0)
+    one = segment(times=10)
     account, costs = Account(), []
-    for _ in range(15):
-        account = account.after(one)
+    for number in range(1, 16):
+        account = account.after(one, number)
         costs.append(account.epsilon(DELTA))
     assert len(account.segments) == 1
     assert costs[:10] == sorted(set(costs[:10]))
@@ -223,20 +222,29 @@ def test_rounds_cost_until_every_device_is_spent() -> None:
 
 
 def test_a_separation_lets_rounds_pass_for_nothing() -> None:
-    apart = replace(segment(times=10, min_separation=4), rounds=0)
+    apart = segment(times=10, min_separation=4)
     account = Account()
     spent = []
-    for _ in range(9):
-        account = account.after(apart)
+    for number in range(1, 10):
+        account = account.after(apart, number)
         spent.append(account.segments[0].participations)
     assert spent == [1, 1, 1, 1, 2, 2, 2, 2, 3]
+    # Rounds without privacy in between let time pass as well.
+    assert account.after(apart, 40).segments[0].participations == 10
+
+
+def test_no_device_is_in_more_rounds_than_there_were() -> None:
+    account = Account()
+    for number in (1, 100, 200):
+        account = account.after(segment(times=10, min_separation=4), number)
+    assert account.segments[0].participations == 3
 
 
 def test_changed_settings_close_a_mechanism_and_their_costs_add_up() -> None:
     first, second = segment(z=5.0), segment(z=4.0)
-    account = Account().after(first).after(first).after(second).after(first)
+    account = Account().after(first, 1).after(first, 2).after(second, 3).after(first, 4)
     assert [each.rounds for each in account.segments] == [2, 1, 1]
     precision = 3 / 25 + 1 / 16
     assert account.epsilon(DELTA) == pytest.approx(dpa.get_epsilon_gaussian(1 / math.sqrt(precision), DELTA))
-    mixed = Account().after(first).after(segment(Mechanism.SKELLAM))
-    assert mixed.epsilon(DELTA) > Account().after(segment(Mechanism.SKELLAM)).epsilon(DELTA)
+    mixed = Account().after(first, 1).after(segment(Mechanism.SKELLAM), 2)
+    assert mixed.epsilon(DELTA) > Account().after(segment(Mechanism.SKELLAM), 2).epsilon(DELTA)

@@ -81,6 +81,6 @@ def test_noised_sums_are_whole_levels() -> None:
 
 
 def test_a_damaged_state_is_refused() -> None:
-    for data in (b"", b"\x93\x01\x02", b"\x93\x02\xa1m\x90", MatrixState(mechanism="m").encode()[:-1]):
+    for data in (b"", b"\x93\x01\x02", b"\x94\x02\xa1m\x01\x90", MatrixState(mechanism="m").encode()[:-1]):
         with pytest.raises(StorageError):
             MatrixState.decode(data)
