@@ -20,6 +20,8 @@ from pathlib import Path
 
 from fleetfed.broker.config import BrokerConfig
 from fleetfed.cloud_coordinator.config import CoordinatorConfig
+from fleetfed.cloud_coordinator.helper.config import HelperConfig
+from fleetfed.cloud_coordinator.helper.state import HelperMachine
 from fleetfed.cloud_coordinator.state import CoordinatorMachine
 from fleetfed.device.config import DeviceConfig
 from fleetfed.device.state import DeviceMachine
@@ -178,6 +180,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "settings-gateway": _settings_table(GatewayConfig),
     "settings-coordinator": _settings_table(CoordinatorConfig),
     "settings-broker": _settings_table(BrokerConfig),
+    "settings-helper": _settings_table(HelperConfig),
     "topics": topic_tables,
     "kinds": kind_table,
     "messages": message_tables,
@@ -185,6 +188,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "device-states": _diagram(DeviceMachine),
     "gateway-states": _diagram(GatewayMachine),
     "coordinator-states": _diagram(CoordinatorMachine),
+    "helper-states": _diagram(HelperMachine),
 }
 
 

@@ -49,6 +49,7 @@ def test_every_program_starts_from_the_wheel(wheel: zipfile.ZipFile, tmp_path: P
         ("fleetfed.device", "fleetfed-device"),
         ("fleetfed.gateway", "fleetfed-gateway"),
         ("fleetfed.cloud_coordinator", "fleetfed"),
+        ("fleetfed.cloud_coordinator.helper", "fleetfed-helper"),
         ("fleetfed.broker", "broker"),
     ):
         code = (
