@@ -18,7 +18,6 @@ from fleetfed.shared.errors import StorageError
 from fleetfed.shared.wire.masking import Cosign
 from fleetfed.shared.wire.topics import Broadcast, Kind, Verb
 
-
 SETTLE = 500
 
 
