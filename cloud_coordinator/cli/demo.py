@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from fleetfed.cloud_coordinator.cli import output
+from fleetfed.cloud_coordinator.demo.privacy import Level
 from fleetfed.cloud_coordinator.demo.report import Report
 
 
@@ -16,6 +17,7 @@ from fleetfed.cloud_coordinator.demo.report import Report
     epilog=output.example(
         "fleetfed demo",
         "fleetfed demo --devices 20 --gateways 4 --tiers 2",
+        "fleetfed demo --privacy helper",
         "fleetfed demo --model fedkeeper_cnn --data mnist.npz --split shards --rounds 10",
         "fleetfed demo --model wrist --data hmp.npz --devices 12",
     )
@@ -49,6 +51,12 @@ from fleetfed.cloud_coordinator.demo.report import Report
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=1, show_default=True)
 @click.option("--broker", type=click.Choice(["embedded", "mosquitto"]), default="embedded", show_default=True)
 @click.option(
+    "--privacy",
+    type=click.Choice([level.value for level in Level]),
+    help="plain: gateways read updates; split: neither they nor the coordinator can; helper: not even both together.  "
+    "[default: split where every gateway has two devices]",
+)
+@click.option(
     "--dir",
     "directory",
     type=click.Path(path_type=Path, file_okay=False),
@@ -76,6 +84,7 @@ def demo(
     optimizer: str | None,
     seed: int,
     broker: str,
+    privacy: str | None,
     directory: Path,
     keep: bool,
     as_json: bool,
@@ -106,6 +115,7 @@ def demo(
         optimizer=optimizer or "",
         seed=seed,
         broker=broker,
+        privacy=privacy or "",
         directory=directory,
     )
 
@@ -133,6 +143,7 @@ def summary(report: Report, directory: Path) -> list[str]:
         f"{report.seconds_per_round_median:.2f} s per round, of which {report.overhead_seconds_per_round_median:.2f} s "
         "were not training.",
         f"All {report.devices} devices hold the coordinator's exact file {report.model_sha256[:16]}.",
+        report.who_learned_what,
         "",
         f"  {'':<28}{'FleetFed':>12}{'float32':>12}{'ratio':>8}",
         _compared("an update", report.update_bytes_mean, float32),

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from fleetfed.cloud_coordinator.control.client import OperatorConfig
 from fleetfed.cloud_coordinator.demo import layout
-from fleetfed.cloud_coordinator.demo.layout import BROKER, COORDINATOR, Folder
+from fleetfed.cloud_coordinator.demo.layout import BROKER, COORDINATOR, HELPER, Folder
 from fleetfed.cloud_coordinator.demo.processes import Supervisor
 from fleetfed.cloud_coordinator.demo.topology import DevicePlace, GatewayPlace, Topology
 from fleetfed.cloud_coordinator.keys.keyring import Keyring
@@ -34,13 +34,15 @@ class Fleet:
         folder: with everything in it.
         topology: who there is.
         broker: ``embedded`` or ``mosquitto``.
+        helper: whether a second holder of mask seeds runs.
     """
 
-    def __init__(self, folder: Folder, topology: Topology, *, broker: str) -> None:
+    def __init__(self, folder: Folder, topology: Topology, *, broker: str, helper: bool = False) -> None:
         self.folder = folder
         self.topology = topology
         self.supervisor = Supervisor(folder.logs)
         self._broker = broker
+        self._helper = helper
 
     async def start_broker(self, keyring: Keyring) -> int:
         """Start the broker with TLS and the access list; return its port once it listens."""
@@ -84,7 +86,7 @@ class Fleet:
 
     async def start_roles(self) -> None:
         """Start everybody else, all at once."""
-        starts = [self.start_role(COORDINATOR)]
+        starts = [self.start_role(name) for name in (COORDINATOR, *((HELPER,) if self._helper else ()))]
         starts += [self.start_role(place.id) for place in self.topology.gateways]
         starts += [self.start_role(place.id) for place in self.topology.devices]
         await asyncio.gather(*starts)
@@ -95,6 +97,8 @@ class Fleet:
         match path.stem:
             case "coordinator":
                 command = (*_python("fleetfed.cloud_coordinator"), "coordinator", "run", "--config", str(path))
+            case "helper":
+                command = (*_python("fleetfed.cloud_coordinator.helper"), "run", "--config", str(path))
             case role:
                 command = (*_python(f"fleetfed.{role}"), "run", "--config", str(path))
         await self.supervisor.start(name, command, environment=_ENVIRONMENT)
@@ -105,7 +109,7 @@ class Fleet:
         levels: list[list[str]] = [[place.id for place in self.topology.devices]]
         for level in range(self.topology.tiers):
             levels.append([place.id for place in self.topology.gateways if place.level == level])
-        for names in (*levels, [COORDINATOR], [BROKER]):
+        for names in (*levels, [HELPER, COORDINATOR], [BROKER]):
             await self.supervisor.stop([name for name in names if name in started])
 
     def statuses(self, kind: str) -> dict[str, dict[str, Any]]:

@@ -36,6 +36,7 @@ FLEET: Final = "demo"
 HOST: Final = "127.0.0.1"
 BROKER: Final = "broker"
 COORDINATOR: Final = "coordinator"
+HELPER: Final = "helper"
 OPERATOR: Final = "operator"
 WATCHER: Final = "watcher"
 """A second operator: an identity serves one program at a time, and the first is left to the person."""
@@ -115,7 +116,7 @@ class Folder:
 
     def config(self, name: str) -> Path:
         """The settings of one process."""
-        kind = {BROKER: "broker", COORDINATOR: "coordinator"}.get(
+        kind = {BROKER: "broker", COORDINATOR: "coordinator", HELPER: "helper"}.get(
             name, "gateway" if name.startswith("g-") else "device"
         )
         return self.role(name) / f"{kind}.toml"
@@ -129,7 +130,7 @@ class Folder:
         return value if isinstance(value, dict) else {}
 
 
-def make_keys(folder: Folder, topology: Topology, *, now: int) -> Keyring:
+def make_keys(folder: Folder, topology: Topology, *, now: int, helper: bool = False) -> Keyring:
     """Make the authority and all identities of a fleet."""
     keyring = Keyring.create(folder.keys, FLEET, now=now)
     members = [
@@ -137,6 +138,7 @@ def make_keys(folder: Folder, topology: Topology, *, now: int) -> Keyring:
         NewMember(id=COORDINATOR, role=MemberRole.COORDINATOR),
         NewMember(id=OPERATOR, role=MemberRole.OPERATOR),
         NewMember(id=WATCHER, role=MemberRole.OPERATOR),
+        *([NewMember(id=HELPER, role=MemberRole.HELPER)] if helper else []),
         *(
             NewMember(id=place.id, role=MemberRole.GATEWAY, site=place.site, upstream=place.upstream)
             for place in topology.gateways
@@ -169,8 +171,8 @@ def write_broker(folder: Folder, keyring: Keyring, *, port: int = 0) -> BrokerCo
     return config
 
 
-def write_roles(folder: Folder, topology: Topology, settings: Settings, *, port: int) -> None:
-    """Write the settings of coordinator, gateways, devices and operator."""
+def write_roles(folder: Folder, topology: Topology, settings: Settings, *, port: int, helper: bool = False) -> None:
+    """Write the settings of coordinator, gateways, devices and operator, and of a helper if there is one."""
     broker = {"host": HOST, "port": port, "reconnect_cap": 2.0}
     identities = Path("..") / folder.keys.name / "identities"
     coordinator: dict[str, Any] = {
@@ -185,6 +187,8 @@ def write_roles(folder: Folder, topology: Topology, settings: Settings, *, port:
     if settings.validation is not None:
         coordinator["validation"] = {"path": str(settings.validation.absolute())}
     _write(folder, COORDINATOR, coordinator)
+    if helper:
+        _write(folder, HELPER, {"identity": str(identities / HELPER), "state": "state", "broker": broker})
     for gateway in topology.gateways:
         _write(folder, gateway.id, _gateway(gateway, identities, broker, settings))
     for device in topology.devices:

@@ -98,6 +98,8 @@ class Report:
         device_model_sha256: device to the hash of what it holds at the end.
         seconds: the whole run, set-up and stop included.
         setup_seconds: until the first round opened.
+        privacy: of `privacy.Level`.
+        who_learned_what: in words.
     """
 
     final_accuracy: float | None
@@ -129,6 +131,8 @@ class Report:
     rejected: dict[str, int]
     seconds: float
     setup_seconds: float
+    privacy: str = "plain"
+    who_learned_what: str = ""
     wire_by_round: list[dict[str, Any]] = field(default_factory=list)
 
     @property

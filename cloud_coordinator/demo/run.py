@@ -15,10 +15,11 @@ from typing import Any, Final
 from fleetfed.cloud_coordinator import zoo
 from fleetfed.cloud_coordinator.control.client import ControlClient
 from fleetfed.cloud_coordinator.control.errors import CommandFailedError
-from fleetfed.cloud_coordinator.demo import layout, report, sources, topology
+from fleetfed.cloud_coordinator.demo import layout, privacy, report, sources, topology
 from fleetfed.cloud_coordinator.demo.fleet import Fleet, stopping
 from fleetfed.cloud_coordinator.demo.layout import COORDINATOR, Folder, Settings
 from fleetfed.cloud_coordinator.demo.live import Screen
+from fleetfed.cloud_coordinator.demo.privacy import Privacy
 from fleetfed.cloud_coordinator.demo.report import Report, RoundFacts
 from fleetfed.cloud_coordinator.demo.topology import Topology
 from fleetfed.shared.clock import unix_ms
@@ -55,6 +56,7 @@ class Options:
     optimizer: str = ""
     seed: int = 1
     broker: str = "embedded"
+    privacy: str = ""
     directory: Path = Path("runs/demo")
 
 
@@ -92,6 +94,7 @@ async def run_demo(options: Options, screen: Screen, show: Callable[[Report], No
     """
     began = time.monotonic()
     tree = topology.plan(devices=options.devices, gateways=options.gateways, tiers=options.tiers)
+    private = privacy.choose(options.privacy, tree, fraction=options.fraction)
     recipe = _RECIPES.get(options.model, _OTHER)
     deal = sources.Deal(
         devices=options.devices,
@@ -104,15 +107,15 @@ async def run_demo(options: Options, screen: Screen, show: Callable[[Report], No
     folder = Folder(options.directory)
     folder.prepare()
     try:
-        fleet = Fleet(folder, tree, broker=options.broker)
+        fleet = Fleet(folder, tree, broker=options.broker, helper=private.helper)
         async with stopping(fleet):
             screen.say(
                 f"Setting up keys, access list and settings: {options.devices} devices, {len(tree.gateways)} gateways, "
                 f"the coordinator; all of it is in {_relative(folder.path)}"
             )
-            card, port = await _set_up(fleet, options, recipe, split, screen)
+            card, port = await _set_up(fleet, options, recipe, split, private, screen)
             await fleet.start_roles()
-            count = 2 + len(tree.gateways) + len(tree.devices)
+            count = 2 + len(tree.gateways) + len(tree.devices) + private.helper
             screen.say(f"{count} processes are running; logs in {_relative(folder.logs)}")
             rounds = await _watch(fleet, port, screen, options)
             setup = rounds[0].opened / 1000 - time.time() + time.monotonic() - began
@@ -128,6 +131,8 @@ async def run_demo(options: Options, screen: Screen, show: Callable[[Report], No
                     "broker": options.broker,
                     "tls": True,
                     "auth": "client certificates, access list, signed messages",
+                    "privacy": private.level.value,
+                    "who_learned_what": private.who_learned_what(),
                     "seconds": time.monotonic() - began,
                     "setup_seconds": setup,
                 }
@@ -145,19 +150,21 @@ async def run_demo(options: Options, screen: Screen, show: Callable[[Report], No
 
 
 async def _set_up(
-    fleet: Fleet, options: Options, recipe: _Recipe, split: sources.Split, screen: Screen
+    fleet: Fleet, options: Options, recipe: _Recipe, split: sources.Split, private: Privacy, screen: Screen
 ) -> tuple[ModelCard, int]:
     """Write every file and start the broker; return the model's card and the broker's port."""
     folder, tree = fleet.folder, fleet.topology
-    keyring = await asyncio.to_thread(layout.make_keys, folder, tree, now=unix_ms())
+    keyring = await asyncio.to_thread(layout.make_keys, folder, tree, helper=private.helper, now=unix_ms())
     starting = asyncio.create_task(fleet.start_broker(keyring))
     # The broker starts while the rest is written, so it must get a chance to begin.
     await asyncio.sleep(0)
     card = write_model(options, folder)
     sizes = write_data(split, folder, tree)
-    settings = _settings(options, recipe, folder, tree)
+    settings = _settings(options, recipe, folder, tree, private)
     port = await starting
-    layout.write_roles(folder, tree, settings, port=port)
+    layout.write_roles(folder, tree, settings, port=port, helper=private.helper)
+    if private.note:
+        screen.say(private.note)
     screen.say(
         f"{split.source}: {sum(sizes)} examples on {len(sizes)} devices ({min(sizes)} to {max(sizes)} each), "
         f"{split.how}; {len(split.validation)} for validation"
@@ -218,7 +225,7 @@ def write_data(split: sources.Split, folder: Folder, tree: Topology) -> list[int
     return [len(examples) for examples in split.devices]
 
 
-def _settings(options: Options, recipe: _Recipe, folder: Folder, tree: Topology) -> Settings:
+def _settings(options: Options, recipe: _Recipe, folder: Folder, tree: Topology, private: Privacy) -> Settings:
     return Settings(
         model=folder.path / "model.tflite",
         validation=folder.role(COORDINATOR) / "validation.npz",
@@ -236,6 +243,7 @@ def _settings(options: Options, recipe: _Recipe, folder: Folder, tree: Topology)
                 "optimizer": options.optimizer or recipe.optimizer,
                 "learning_rate": options.learning_rate or recipe.learning_rate,
             },
+            **private.rounds(tree),
         },
         tables={
             "clips": {"bits": options.bits, "first_bits": max(8, options.bits)},
