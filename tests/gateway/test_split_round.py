@@ -17,6 +17,8 @@ from fleetfed_testing.signed_fleet import SignedFleet
 from fleetfed.gateway import events as ev
 from fleetfed.gateway.record import Place, RoundState
 from fleetfed.gateway.state import GatewayMachine
+from fleetfed.gateway.summation import Summation
+from fleetfed.shared.aggregate.accumulator import Partial
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.secure.split import body_size
 from fleetfed.shared.trust.policy import Policy
@@ -107,6 +109,30 @@ async def test_the_deal_depends_on_both_shares_of_the_coin(bench: Bench) -> None
     reveal = bench.reveals()[0][1]
     assert {bucket.nonce for bucket in reveal.buckets} == {nonce}
     assert nonce not in b"".join(bench.above.on(bench.upstream.up(Kind.GATEWAY, bench.name, Verb.PROPOSE)))
+
+
+@pytest.mark.parametrize("bucket", [0, 3])
+async def test_own_contributions_are_released_once_for_each_sum(
+    bench: Bench, bucket: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a gateway adds to what its devices sent, such as noise, is in the sums that leave, once in each."""
+    asked: list[tuple[int, frozenset[bytes]]] = []
+
+    def release(self: Summation, own: Partial, members: Any, source: Any) -> Partial:
+        assert len(list(source.updates(members))) == own.count
+        asked.append((own.count, frozenset(members)))
+        return Partial(own.ring, own.words + np.uint64(1), own.count)
+
+    monkeypatch.setattr(Summation, "release", release)
+    site = await (await SplitRound(bench, 6, bucket=bucket).open()).answer()
+    await site.committed()
+    reveal = bench.reveals()[0][1]
+    assert [count for count, _ in asked] == ([3, 3] if bucket else [6])
+    assert frozenset().union(*(members for _, members in asked)) == set(site.ids())
+    sums = [bucket.words for bucket in reveal.buckets] or [reveal.words]
+    total = sum((np.frombuffer(words, dtype="<u8") for words in sums), start=np.uint64(0))
+    values, _ = bench.fleet.unmask(site.heads(), total - np.uint64(len(sums)))
+    assert np.array_equal(values, site.sum())
 
 
 # --- Order, repetition, absence --------------------------------------------------------------------------------------
