@@ -168,6 +168,7 @@ def _status_lines(status: dict[str, Any]) -> list[str]:
         f"traffic    {wire['sent']} bytes sent, {wire['received']} received",
         f"memory     {status['rss_mb_max']} MB at most",
         f"privacy    {privacy_line(status.get('privacy', {}))}",
+        f"trust      {_trust(status.get('trust', {}), status.get('updated', 0))}",
         f"refused    {', '.join(f'{k} {v}' for k, v in status['rejected'].items()) or 'nothing'}",
     ]
     for row in status["rounds"][-10:]:
@@ -179,6 +180,15 @@ def _status_lines(status: dict[str, Any]) -> list[str]:
         if row.get("detail"):
             lines.append(f"           {row['detail']}")
     return lines
+
+
+def _trust(trust: dict[str, Any], now: int) -> str:
+    """What the trust metadata says of itself."""
+    if not trust:
+        return "certificates alone; this fleet has no trust metadata"
+    hours = (trust["expires"] - now) / 3_600_000
+    current = "NOT CURRENT: no update is made" if trust["stale"] else f"current for {hours:.1f} hours"
+    return "; ".join([f"policy {trust['policy']}, {current}", *trust["warnings"]])
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ class Answer:
         size: bytes of the signed message.
         fate: what became of it.
         reason: why it was refused, or declined; empty otherwise.
+        signer: key of the coordinator whose plan it answers; empty where that was not remembered.
     """
 
     round: Positive
@@ -79,6 +80,7 @@ class Answer:
     size: Count
     fate: Fate = Fate.PENDING
     reason: Annotated[str, Length(0, 100)] = ""
+    signer: Annotated[bytes, Length(0, 16)] = b""
 
 
 # --- What trust says --------------------------------------------------------------------------------------------------

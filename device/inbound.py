@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from fleetfed.device.events import (
     ChunkArrived,
@@ -25,6 +25,7 @@ from fleetfed.shared.wire.masking import SEALED_BOX, Cosign, SealKey
 from fleetfed.shared.wire.messages import Life, Manifest, Mode, Plan, Presence, Receipt, Revocations, RoundEnd
 from fleetfed.shared.wire.topics import BlobTopic, Broadcast, BroadcastTopic, MemberTopic, Verb, parse
 
+_KEPT_SIGNERS: Final = 4
 Whose = Literal["GATEWAY", "COORDINATOR", "HELPER"]
 
 
@@ -35,14 +36,24 @@ class Inbound:
         verifier: trusts the fleet's authority.
         certificate: this device's own.
         keep_revocations: makes a new revocation list durable, as signed.
+        take_trust: takes a bundle of trust metadata.
     """
 
     def __init__(
-        self, verifier: Verifier, certificate: Certificate, *, keep_revocations: Callable[[bytes], None]
+        self,
+        verifier: Verifier,
+        certificate: Certificate,
+        *,
+        keep_revocations: Callable[[bytes], None],
+        take_trust: Callable[[bytes], None] = lambda _: None,
     ) -> None:
         self._verifier = verifier
         self._own = certificate
         self._keep_revocations = keep_revocations
+        self._take_trust = take_trust
+        self._signers: dict[bytes, bytes] = {}
+        self.manifest_signer = b""
+        """Key of the coordinator that signed the last manifest."""
 
     def event(self, topic: str, payload: bytes, now: int, *, retained: bool = False) -> Any | None:
         """The event that a message is; None where there is nothing to do.
@@ -80,6 +91,8 @@ class Inbound:
                 return NodeBorn(retained) if presence.life is Life.READY else None
             case BroadcastTopic(what=Broadcast.REVOKED):
                 self.revocations(payload, now)
+            case BroadcastTopic(what=Broadcast.TRUST):
+                self._take_trust(payload)
             case MemberTopic(member=member, verb=Verb.RECEIPT) if member == self._own.id:
                 return self._receipt(payload, now)
         return None
@@ -103,8 +116,14 @@ class Inbound:
         self._verifier.restore(kept, now=now)
 
     def _manifest(self, payload: bytes, now: int) -> ManifestArrived:
-        manifest, _, _ = self._verifier.open(payload, Manifest, kind=MessageKind.MANIFEST, now=now)
+        manifest, head, _ = self._verifier.open(payload, Manifest, kind=MessageKind.MANIFEST, now=now)
+        self._verifier.check_manifest(manifest)
+        self.manifest_signer = head.header.sender
         return ManifestArrived(manifest)
+
+    def signer(self, plan_hash: Digest) -> bytes:
+        """Key of the coordinator that signed a plan of late; empty where that is forgotten."""
+        return self._signers.get(plan_hash, b"")
 
     def _plan(self, payload: bytes, now: int) -> PlanArrived | RoundEnded:
         head = parse_head(payload)
@@ -114,6 +133,7 @@ class Inbound:
         plan, head, _ = self._verifier.open(payload, Plan, kind=MessageKind.PLAN, now=now)
         if not plan.opened <= plan.deadline <= plan.expires:
             raise RemoteProtocolError(RejectReason.MALFORMED, f"plan {plan.round}: its times are out of order")
+        self._signers = {**dict(list(self._signers.items())[1 - _KEPT_SIGNERS :]), head.hash: head.header.sender}
         return PlanArrived(plan, head.hash, self.judge(plan, now))
 
     def _cosign(self, payload: bytes, now: int) -> CosignArrived:

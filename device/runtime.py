@@ -20,7 +20,9 @@ from fleetfed.device import events, update
 from fleetfed.device.config import DeviceConfig, StopAs
 from fleetfed.device.events import Answer, AnswerKind
 from fleetfed.device.inbound import Inbound
+from fleetfed.device.ledger import Account
 from fleetfed.device.mqtt import Connected, DeviceSession, Disconnected, PublishDone, Received
+from fleetfed.device.renewal import Renewal, RenewalThread, Renewed
 from fleetfed.device.sender import Sender
 from fleetfed.device.state import DeviceMachine, DeviceState
 from fleetfed.device.status import StatusFile
@@ -32,6 +34,7 @@ from fleetfed.shared.errors import RemoteProtocolError
 from fleetfed.shared.machine import TimerFired
 from fleetfed.shared.mqtt.config import Will
 from fleetfed.shared.trust.identity import Identity
+from fleetfed.shared.trust.keeper import TrustKeeper
 from fleetfed.shared.trust.sequence import SequenceFile
 from fleetfed.shared.trust.signer import Message
 from fleetfed.shared.wire import codec
@@ -78,20 +81,28 @@ class DeviceRuntime:
     ) -> None:
         self._settings = settings
         self._store = store
-        self._clock = clock
+        verifier = identity.verifier()
+        self._trust = TrustKeeper(store.directory / "trust.bin", identity, verifier)
+        self._clock = self._trust.clock(clock)
+        self._verifier = verifier
         self._certificate = identity.certificate
         self._id = identity.certificate.id
         self._software = software
         self._topics = SiteTopics(fleet=identity.certificate.fleet, site=identity.certificate.site)
         self._session_number = int.from_bytes(os.urandom(7), "little")
-        self._signer = identity.signer(sequence=SequenceFile(store.directory / "sequence"), randomness=os.urandom)
-        self._inbound = Inbound(identity.verifier(), identity.certificate, keep_revocations=store.save_revocations)
-        self._machine = DeviceMachine(
-            device=self._id,
-            labels=settings.labels,
-            facts=dataclasses.replace(store.facts(), account=store.account(self._certificate.fleet)),
-            largest=settings.run.max_model_mib << 20,
+        self._sequence = SequenceFile(store.directory / "sequence")
+        self._signer = identity.signer(sequence=self._sequence, randomness=os.urandom)
+        self._inbound = Inbound(
+            verifier,
+            identity.certificate,
+            keep_revocations=store.save_revocations,
+            take_trust=self._take_trust,
         )
+        if self._trust.trust is not None:
+            # A process before us may have died between the news and this.
+            store.forget(verifier.is_coordinator)
+        self._spent = identity.spent
+        self._machine = self._make_machine()
         self._inbox: queue.Queue[Any] = queue.Queue(_INBOX)
         self._session = DeviceSession(
             settings.broker.connection(client_id=self._id, identity=settings.identity),
@@ -104,10 +115,22 @@ class DeviceRuntime:
         )
         self._sender = Sender(self._session)
         self._worker = Worker(trainer, self._inbox.put)
+        renewal = Renewal(settings.identity, clock=clock, done=self._inbox.put)
+        self._renewal = RenewalThread(settings.identity, renewal)
         self._finished: Finished | None = None
         self._status = StatusFile(store.directory / "status.json", device=self._id, software=software)
         self._stopping = False
         self._stopped = False
+
+    def _make_machine(self) -> DeviceMachine:
+        """A machine that goes on from what is durable."""
+        account = self._store.account(self._certificate.fleet)
+        return DeviceMachine(
+            device=self._id,
+            labels=self._settings.labels,
+            facts=dataclasses.replace(self._store.facts(), account=_begun(account, self._spent)),
+            largest=self._settings.run.max_model_mib << 20,
+        )
 
     def request_stop(self) -> None:
         """Say goodbye and end `run`. Any thread, as often as it likes."""
@@ -129,10 +152,12 @@ class DeviceRuntime:
             self._load_revocations()
             self._write_status()
             self._session.start()
+            self._renewal.start()
             _log.info("%s of site %s, %s", self._id, self._topics.site, self._describe())
             while not self._stopped:
                 self._turn()
         finally:
+            self._renewal.stop()
             self._worker.cancel()
             # Also after a crash of ours: the broker's will then says that we are lost.
             self._session.close(self._farewell() if self._stopped else None)
@@ -160,7 +185,13 @@ class DeviceRuntime:
             self._sender.disconnected()
             self._handle(events.Disconnected())
         elif isinstance(item, Finished):
-            self._trained(item)
+            self._finished = item
+            # What a training leaves is large: once it is stored, nobody is to hold it.
+            del item
+            self._trained()
+        elif isinstance(item, Renewed):
+            # What is signed already keeps the certificate that it was signed with, and is sent as it is.
+            self._signer = item.identity.signer(sequence=self._sequence, randomness=os.urandom)
         deadline = self._machine.next_deadline()
         if deadline is not None and deadline <= self._clock():
             self._handle(TimerFired())
@@ -201,16 +232,17 @@ class DeviceRuntime:
             self._handle(event)
         self._session.ack(message)
 
-    def _trained(self, finished: Finished) -> None:
-        self._finished = finished
-        if finished.prepared is not None:
-            plan = self._machine.plan
-            assert plan is not None
-            verdict = self._inbound.judge(plan, self._clock())
-            self._handle(events.TrainingDone(finished.plan_hash, verdict))
-        elif finished.reason is not None:
-            _log.warning("no update: %s: %s", finished.reason, finished.detail)
-            self._handle(events.TrainingDeclined(finished.plan_hash, finished.reason, finished.detail))
+    def _trained(self) -> None:
+        assert self._finished is not None
+        plan_hash, made = self._finished.plan_hash, self._finished.prepared is not None
+        reason, detail = self._finished.reason, self._finished.detail
+        plan = self._machine.plan
+        # Without a plan: it became void while this was in the queue.
+        if made and plan is not None:
+            self._handle(events.TrainingDone(plan_hash, self._inbound.judge(plan, self._clock())))
+        elif reason is not None:
+            _log.warning("no update: %s: %s", reason, detail)
+            self._handle(events.TrainingDeclined(plan_hash, reason, detail))
         self._finished = None
 
     # --- Instructions -------------------------------------------------------------------------------------------------
@@ -249,7 +281,7 @@ class DeviceRuntime:
         store = self._store
         match instruction:
             case events.RaiseFloor(version):
-                store.raise_floor(version)
+                store.raise_floor(version, self._inbound.manifest_signer)
             case events.FindParts(ref):
                 yield events.PartsFound(ref.digest, store.find_parts(ref))
             case events.StoreChunk(ref, offset, data):
@@ -271,7 +303,8 @@ class DeviceRuntime:
                     round=plan.round,
                     lifetime=max(plan.expires - now, 1),
                 )
-                answer = _answer(message, AnswerKind.DECLINE, plan, plan_hash, reason=str(reason))
+                signer = self._inbound.signer(plan_hash)
+                answer = _answer(message, AnswerKind.DECLINE, plan, plan_hash, signer=signer, reason=str(reason))
                 store.store_answer(answer, message.head.encode(), message.body)
                 yield events.AnswerStored(answer)
             case events.SettleAnswer(answer):
@@ -308,7 +341,7 @@ class DeviceRuntime:
         message = update.sign(
             prepared, plan, plan_hash, signer=self._signer, now=self._clock(), seals=self._seals(order)
         )
-        answer = _answer(message, AnswerKind.UPDATE, plan, plan_hash)
+        answer = _answer(message, AnswerKind.UPDATE, plan, plan_hash, signer=self._inbound.signer(plan_hash))
         model = self._machine.sync.holds(plan.model_version, plan.model_sha256)
         assert model is not None
         layout = self._store.card(model).layout
@@ -384,6 +417,29 @@ class DeviceRuntime:
         _log.warning("refused: %s: %s", reason, detail[:300])
         self._status.reject(str(reason))
 
+    def _take_trust(self, data: bytes) -> None:
+        try:
+            if self._trust.take(data, now=self._clock()):
+                self._status.touch()
+        finally:
+            # Also where only the root was news: it may have taken a coordinator away.
+            if self._trust.trust is not None and self._store.forget(self._verifier.is_coordinator):
+                self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """A coordinator's word became void: go on as after a restart, from what is still durable."""
+        _log.warning("a coordinator that the owners list no more had spoken: what it said is void")
+        self._worker.cancel()
+        # Ends the subscriptions to its objects.
+        self._handle(events.Disconnected())
+        if self._machine.answer is not None:
+            self._sender.abandon(self._machine.answer.message_id)
+        self._machine = self._make_machine()
+        if self._sender.online:
+            self._handle(events.Connected())
+        # So that the broker sends again what it retains.
+        self._session.subscribe(*map(self._topics.broadcast, (Broadcast.MODEL, Broadcast.COSIGN, Broadcast.PLAN)))
+
     def _load_revocations(self) -> None:
         kept = self._store.revocations()
         if kept is None:
@@ -406,14 +462,22 @@ class DeviceRuntime:
             wire=self._session.meter.snapshot(),
             refused_by_broker=self._sender.refused,
             account=self._machine.account,
+            trust=self._trust.status(self._clock()),
         )
 
 
-_HEARD: Final = (Broadcast.REVOKED, Broadcast.NODE, Broadcast.MODEL, Broadcast.COSIGN, Broadcast.PLAN)
+_HEARD: Final = (Broadcast.REVOKED, Broadcast.TRUST, Broadcast.NODE, Broadcast.MODEL, Broadcast.COSIGN, Broadcast.PLAN)
 """What the device listens to; in this order, so that a plan meets its model's manifest and its cosignature."""
 
 
-def _answer(message: Message, kind: AnswerKind, plan: Plan, plan_hash: Digest, *, reason: str = "") -> Answer:
+def _begun(account: Account, spent: int) -> Account:
+    """The ledger's account, which begins with what the enrolment service says is spent (docs/enrolment.md)."""
+    return dataclasses.replace(account, participations=max(account.participations, spent))
+
+
+def _answer(
+    message: Message, kind: AnswerKind, plan: Plan, plan_hash: Digest, *, signer: bytes, reason: str = ""
+) -> Answer:
     head = message.head
     return Answer(
         round=plan.round,
@@ -424,4 +488,5 @@ def _answer(message: Message, kind: AnswerKind, plan: Plan, plan_hash: Digest, *
         expires=plan.expires,
         size=head.message_size,
         reason=reason,
+        signer=signer,
     )

@@ -58,6 +58,11 @@ class Sender:
         if message_id == self._message_id:
             self._chunks.clear()
 
+    @property
+    def online(self) -> bool:
+        """Whether there is a connection."""
+        return self._online
+
     def connected(self) -> None:
         """There is a connection."""
         self._online = True

@@ -99,6 +99,7 @@ class StatusFile:
         wire: ByteCount,
         refused_by_broker: int,
         account: Account,
+        trust: dict[str, Any] | None = None,
     ) -> None:
         """Replace the file."""
         total = self._before + wire
@@ -116,6 +117,7 @@ class StatusFile:
             "rejected": self._rejected.snapshot(),
             "refused_by_broker": refused_by_broker,
             "privacy": privacy(account),
+            "trust": trust or {},
             "rounds": list(self._rounds.values()),
         }
         temporary = self._path.with_name(".status.json")

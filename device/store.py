@@ -4,7 +4,7 @@
 
     state/
       lock           held by the running process
-      record         floor, models held, fates of the newest answers; replaced whole, with a digest
+      record         floors, models held, fates of the newest answers; replaced whole, with a digest
       ledger         see `fleetfed.device.ledger`; the record knows how much it must hold at least
       hedge          32 random bytes that go into every mask's seed; made once
       sequence       see `fleetfed.shared.trust.sequence`
@@ -26,6 +26,7 @@ import logging
 import os
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Final
@@ -49,7 +50,7 @@ from fleetfed.shared.model.patch import apply_patch
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.blobs import part_count, part_size, unwrap
 from fleetfed.shared.wire.codec import Length, Range
-from fleetfed.shared.wire.envelope import digest
+from fleetfed.shared.wire.envelope import KeyId, digest
 from fleetfed.shared.wire.fields import Bytes32, Count
 from fleetfed.shared.wire.messages import BlobRef, Manifest, PatchRef
 
@@ -63,6 +64,8 @@ _MAGIC: Final = b"FFDA"
 _MAX_HEADER: Final = 4096
 _KEPT_FATES: Final = 8
 _KEPT_RESIDUALS: Final = 2
+_MOST_FLOORS: Final = 16
+"""Coordinators' keys of which the device remembers how far they pushed the floor."""
 _FORMAT: Final = 1
 
 Residual = NDArray[np.float32]
@@ -75,6 +78,7 @@ class _Record:
     models: Annotated[tuple[HeldModel, ...], Length(0, 2)] = ()
     fates: Annotated[tuple[Answer, ...], Length(0, _KEPT_FATES)] = ()
     spent: Count = 0
+    floors: Annotated[dict[str, Count], Length(0, _MOST_FLOORS)] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,10 +140,40 @@ class Store:
 
     # --- Models -------------------------------------------------------------------------------------------------------
 
-    def raise_floor(self, version: int) -> None:
-        """Make durable that nothing below ``version`` is taken any more."""
+    def raise_floor(self, version: int, signer: bytes = b"") -> None:
+        """Make durable that nothing below ``version`` is taken any more.
+
+        Args:
+            version: of a manifest.
+            signer: key of the coordinator that signed it; what it says counts only as long as `forget` believes it.
+        """
         if version > self._record.floor:
-            self._write_record(replace(self._record, floor=version))
+            kept = sorted(self._record.floors.items(), key=lambda each: each[1])[1 - _MOST_FLOORS :]
+            floors = {**dict(kept), signer.hex(): version} if signer else dict(kept)
+            self._write_record(replace(self._record, floor=version, floors=floors))
+
+    def forget(self, believed: Callable[[KeyId], bool]) -> bool:
+        """Make void what coordinators said that are believed no more; return whether anything was.
+
+        Whoever stole a coordinator's key may have pushed versions and rounds as far as numbers go.
+        """
+        record = self._record
+        floors = {key: version for key, version in record.floors.items() if believed(KeyId(bytes.fromhex(key)))}
+        void = [each for each in self._all_answers() if each.signer and not believed(KeyId(each.signer))]
+        if len(floors) == len(record.floors) and not void:
+            return False
+        highest = max(record.floors.values(), default=0)
+        # What is above all that is remembered was raised before keys were remembered, and stays.
+        floor = record.floor if record.floor > highest else max(floors.values(), default=0)
+        plans = {each.plan for each in void}
+        fates = tuple(each for each in record.fates if each.plan not in plans)
+        # Fates first: an answer's file that is left after a crash is void again at the next start.
+        self._write_record(replace(record, floor=floor, floors=floors, fates=fates))
+        with self._guard:
+            for plan in plans & self._files.keys():
+                _, path = self._files.pop(plan)
+                self._disk.remove(path)
+        return True
 
     def find_parts(self, ref: BlobRef) -> tuple[int, ...]:
         """Chunks of the object that are on disk, whole and right."""
