@@ -31,6 +31,7 @@ from fleetfed.shared.secure.box import SealSecret
 from fleetfed.shared.telemetry import Counters
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
+from fleetfed.shared.trust.keeper import TrustKeeper
 from fleetfed.shared.trust.sequence import SequenceFile
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.chunks import Assembler, split
@@ -91,6 +92,7 @@ class Helper:
         self._life = secrets.randbits(62)
         self._verifier = identity.verifier()
         config.state.mkdir(parents=True, exist_ok=True)
+        self.trust = TrustKeeper(config.state / "trust.bin", identity, self._verifier)
         self._signer = identity.signer(sequence=SequenceFile(config.state / "sequence"), randomness=secrets.token_bytes)
         self.store = Store(config.state / "helper.db")
         self.machine = HelperMachine(
@@ -109,6 +111,7 @@ class Helper:
             config.broker.connection(client_id=self.id, identity=config.identity),
             subscriptions=[
                 self.topics.broadcast(Broadcast.REVOKED),
+                self.topics.broadcast(Broadcast.TRUST),
                 self.topics.down(Kind.HELPER, self.id, Verb.ASK),
             ],
             on_connect=self._on_connect,
@@ -194,6 +197,8 @@ class Helper:
             match parse(topic):
                 case BroadcastTopic(what=Broadcast.REVOKED) if payload:
                     await self._in_thread(lambda: self._revoked(payload))
+                case BroadcastTopic(what=Broadcast.TRUST) if payload:
+                    await self._in_thread(lambda: self.trust.take(payload, now=self.clock()))
                 case MemberTopic(member=self.id, verb=Verb.ASK):
                     await self._ask(payload)
         except RemoteProtocolError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from fleetfed_testing.helper_round import HelperRound
 from fleetfed_testing.signed_fleet import SignedFleet
+from fleetfed_testing.trust_repository import Owners
 from fleetfed_testing.waiting import eventually
 
 from fleetfed.cloud_coordinator.helper import cli
@@ -28,6 +30,8 @@ from fleetfed.shared.mqtt.session import Session
 from fleetfed.shared.secure import split
 from fleetfed.shared.secure.box import Reader
 from fleetfed.shared.trust.certificates import Role
+from fleetfed.shared.trust.identity import Identity
+from fleetfed.shared.trust.policy import Policy
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.chunks import Assembler
 from fleetfed.shared.wire.chunks import split as cut
@@ -186,8 +190,6 @@ def states(coordinator: Coordinator) -> list[bytes]:
 async def inside(config: Path, clock: Callable[[], int] = unix_ms, **changes: Any) -> AsyncIterator[Helper]:
     """A helper on this loop."""
     settings: HelperConfig = replace(load(config), **changes)
-    from fleetfed.shared.trust.identity import Identity
-
     helper = Helper(settings, Identity.load(settings.identity), clock=clock)
     task = asyncio.create_task(helper.run())
     try:
@@ -225,6 +227,33 @@ async def test_revocations_are_heard_and_kept(world: tuple[Coordinator, Path]) -
         await coordinator.hears(Verb.KEY, 2)
         await coordinator.ask(rnd, rnd.request())
         assert (await coordinator.answers(2))[1][1].reason is RejectReason.REVOKED
+
+
+async def test_the_pinned_policy_is_the_owners(world: tuple[Coordinator, Path]) -> None:
+    """Only what the trust metadata lists may speak as coordinator, and no plan may be weaker than its policy."""
+    coordinator, config = world
+    fleet = coordinator.fleet
+    owners = Owners(
+        now=fleet.now,
+        authority=fleet.authority,
+        coordinators=[fleet.coordinator.certificate.public_key],
+        policy=Policy(version=1, minimum_cohort=3),
+    )
+    identity = replace(fleet.identity(NAME, Role.HELPER, "_"), root=owners.roots[0])
+    shutil.rmtree(config.parent / "identity")
+    identity.save(config.parent / "identity")
+    async with inside(config) as helper:
+        weak = with_key(fleet, config, await coordinator.key(), policy=1, split={"minimum_cohort": 2})
+        # Nothing says yet who coordinates.
+        await coordinator.ask(weak, weak.request())
+        await eventually(lambda: sum(helper.counters.snapshot().values()) == 1)
+        await coordinator.session.publish(CLOUD.broadcast(Broadcast.TRUST), owners.bundle(), retain=True)
+        await coordinator.ask(weak, weak.request())
+        assert (await coordinator.answers(1))[0][1].reason is RejectReason.BELOW_POLICY
+        good = with_key(fleet, config, await coordinator.key(), round=2, policy=1, split={"minimum_cohort": 3})
+        await coordinator.ask(good, good.request())
+        assert (await coordinator.answers(2))[1][1].reason is None
+    assert (config.parent / "state" / "trust.bin").exists()
 
 
 async def test_what_the_coordinator_did_not_sign_gets_no_answer(world: tuple[Coordinator, Path]) -> None:

@@ -18,7 +18,7 @@ import pytest
 from fleetfed.cloud_coordinator.control.client import ControlClient
 from fleetfed.cloud_coordinator.demo import layout, topology
 from fleetfed.cloud_coordinator.demo.fleet import Fleet
-from fleetfed.cloud_coordinator.demo.layout import BROKER, COORDINATOR, Folder, Settings
+from fleetfed.cloud_coordinator.demo.layout import BROKER, COORDINATOR, HELPER, Folder, Settings
 from fleetfed.cloud_coordinator.keys.keyring import Keyring
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.model.card import ModelCard
@@ -41,6 +41,7 @@ class LocalFleet:
         trainer: one of `fleetfed_testing.trainers`.
         rounds: changes to the coordinator's ``[rounds]``.
         seed: the devices' ``run.seed``; 0 for none.
+        helper: whether there is a second holder of mask seeds.
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class LocalFleet:
         trainer: str = "one_hot",
         rounds: dict[str, Any] | None = None,
         seed: int = 0,
+        helper: bool = False,
     ) -> None:
         self.tree = topology.plan(devices=devices, gateways=gateways, tiers=tiers)
         self.folder = Folder(path)
         self.folder.prepare()
-        self.fleet = Fleet(self.folder, self.tree, broker="embedded")
+        self.helper = helper
+        self.fleet = Fleet(self.folder, self.tree, broker="embedded", helper=helper)
         self.port = layout.free_port()
         self.model = write_model(self.folder.path / "model")
         self.card = ModelCard.decode(self.model.with_suffix(".card").read_bytes())
@@ -89,9 +92,9 @@ class LocalFleet:
 
     def lay_out(self) -> Keyring:
         """Write keys and settings."""
-        keyring = layout.make_keys(self.folder, self.tree, now=unix_ms())
+        keyring = layout.make_keys(self.folder, self.tree, now=unix_ms(), helper=self.helper)
         layout.write_broker(self.folder, keyring, port=self.port)
-        layout.write_roles(self.folder, self.tree, self.settings, port=self.port)
+        layout.write_roles(self.folder, self.tree, self.settings, port=self.port, helper=self.helper)
         return keyring
 
     async def start(self, *, without: Iterable[str] = ()) -> None:
@@ -99,6 +102,7 @@ class LocalFleet:
         self.lay_out()
         await self.start_broker()
         names = [COORDINATOR, *(gateway.id for gateway in self.tree.gateways), *self.devices]
+        names += [HELPER] if self.helper else []
         await asyncio.gather(*(self.fleet.start_role(name) for name in names if name not in without))
         await self.connect()
 
