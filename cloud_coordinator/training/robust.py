@@ -29,7 +29,8 @@ Vector = NDArray[np.float64]
 _CHUNK: Final = 1 << 14
 """Coordinates at a time where all buckets are looked at together."""
 _NEAR: Final = 1e-9
-"""Distances below this part of the largest count as this part: a median that meets a bucket's mean stays finite."""
+"""Distances below this part of the middle one count as this part: a median that meets a bucket's mean stays finite. Of
+the largest it would be as large as a liar wants."""
 
 
 class Robust(StrEnum):
@@ -96,7 +97,7 @@ def geometric_median(vectors: Sequence[Vector], *, iterations: int) -> Vector:
     point = trimmed_mean(vectors, trim=0.5)
     for _ in range(iterations):
         distances = [_distance(vector, point) for vector in vectors]
-        nearest = _NEAR * max(distances)
+        nearest = _NEAR * sorted(distances)[len(distances) // 2]
         if not nearest:
             break
         weights = [1 / max(distance, nearest) for distance in distances]

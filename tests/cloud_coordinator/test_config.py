@@ -52,3 +52,37 @@ def test_settings_that_cannot_work_are_refused_by_name(tmp_path: Path, text: str
 def test_a_broker_elsewhere_needs_tls(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="only for a broker on this machine"):
         load(tmp_path, BASE.replace("localhost", "broker.example.org") + "tls = false\n")
+
+
+SPLIT = '[rounds]\nmode = "split"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("bucket = 4\n", "bucket 4 is less than minimum_cohort 5: .* raise bucket"),
+        ("minimum_cohort = 6\ncohort_cap = 5\nquorum_minimum = 5\n", "more than cohort_cap 5: .* raise cohort_cap"),
+        ("minimum_owners = 6\n", "minimum_owners 6 is more than minimum_cohort 5: .* raise minimum_cohort"),
+        ("bucket = 200\ncohort_cap = 100\n", "bucket 200 is more than cohort_cap 100"),
+        ('robust = "trimmed_mean"\n', "there are none: set bucket, to at least 5"),
+        ("seed_holders = 3\n", "not between 1 and 2"),
+        ("minimum_cohort = 1\n", "not between 2 and"),
+        ('robust = "mean"\n', "robust"),
+    ],
+)
+def test_split_settings_that_cannot_work_are_refused_with_what_to_do(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load(tmp_path, BASE + SPLIT + text)
+
+
+@pytest.mark.parametrize("text", ["bucket = 64\n", "seed_holders = 2\n", 'robust = "geometric_median"\n'])
+def test_what_only_split_mode_has_is_refused_in_plain_mode(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="is for split mode: leave it out, or set mode = 'split'"):
+        load(tmp_path, BASE + "[rounds]\n" + text)
+
+
+def test_split_settings_load(tmp_path: Path) -> None:
+    text = 'minimum_cohort = 20\nbucket = 64\nseed_holders = 2\nrobust = "trimmed_mean"\ntrim = 0.25\n'
+    rounds = load(tmp_path, BASE + SPLIT + text).rounds
+    assert rounds.needs_helper
+    assert (rounds.minimum_cohort, rounds.bucket, rounds.robust.value, rounds.trim) == (20, 64, "trimmed_mean", 0.25)

@@ -1,13 +1,17 @@
 """The coordinator dies at every durable write, once before it and once after it, and comes back on the same disk.
 
-Whatever happens, the versions that come out are byte for byte those of an undisturbed run, with the same contributors.
+Whatever happens, the versions that come out are byte for byte those of an undisturbed run, with the same contributors;
+and no gateway ever gets two commits for one round.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 from fleetfed_testing.cloud import Fleet, ScriptedGateway, World
+from fleetfed_testing.masked_cloud import MaskedGateway, ScriptedHelper
 
 from fleetfed.cloud_coordinator.config import RoundSettings, StorageConfig
 from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
@@ -15,9 +19,8 @@ from fleetfed.cloud_coordinator.storage.store import Store
 from fleetfed.cloud_coordinator.training.optimizers import OptimizerConfig, OptimizerName
 from fleetfed.shared.trust.signer import Message
 from fleetfed.shared.wire.envelope import Digest, MessageKind, parse_head
+from fleetfed.shared.wire.messages import Mode
 from fleetfed.shared.wire.topics import Broadcast, Verb
-
-ROUNDS = 2
 
 
 class Crash(Exception):
@@ -48,6 +51,9 @@ def fused(fuse: Fuse) -> tuple[type[Store], type[BlobStore]]:
     class FusedStore(Store):
         def _commit(self) -> None:
             fuse.write(super()._commit)
+
+        def wipe(self) -> bool:
+            return bool(fuse.write(super().wipe))
 
     class FusedBlobs(BlobStore):
         def put(self, *objects: bytes | memoryview) -> list[Digest]:
@@ -87,13 +93,20 @@ def round_is_open(world: World) -> bool:
     return message is not None and parse_head(message).header.kind is MessageKind.PLAN
 
 
-async def drive(directory: Path, fuse: Fuse) -> tuple[list[tuple[bytes, int]], int]:
+PLAIN = {"rounds": 2}
+MASKED = {"rounds": 1, "mode": Mode.SPLIT, "minimum_cohort": 2, "bucket": 2, "seed_holders": 2}
+
+
+async def drive(directory: Path, fuse: Fuse, settings: dict[str, Any]) -> tuple[list[tuple[bytes, int]], int]:
     """Run all rounds; returns each version's hash with its contributors, and how often the coordinator died."""
     store, blobs = fused(fuse)
     fleet = Fleet()
+    rounds, masked = settings["rounds"], "mode" in settings
+    helper = ScriptedHelper(fleet) if masked else None
+    kind = MaskedGateway if masked else ScriptedGateway
     gateways = [
-        Stubborn(ScriptedGateway(fleet, "north", ["a", "b", "c"])),
-        Stubborn(ScriptedGateway(fleet, "south", ["d", "e"])),
+        Stubborn(kind(fleet, "north", ["a", "b", "c", "f"])),
+        Stubborn(kind(fleet, "south", ["d", "e"])),
     ]
     world = World(
         directory,
@@ -101,7 +114,7 @@ async def drive(directory: Path, fuse: Fuse) -> tuple[list[tuple[bytes, int]], i
         start=False,
         store=store,
         blobs=blobs,
-        rounds=RoundSettings(rounds=ROUNDS, weight_cap=50, start_when=5),
+        rounds=RoundSettings(weight_cap=50, start_when=6, **settings),
         optimizer=OptimizerConfig(name=OptimizerName.ADAM, learning_rate=0.01),
         storage=StorageConfig(full_every=2, keep_versions=3),
     )
@@ -112,13 +125,17 @@ async def drive(directory: Path, fuse: Fuse) -> tuple[list[tuple[bytes, int]], i
             if not running:
                 world.open()
                 running = True
+                if helper is not None:
+                    await helper.join(world, session=deaths)
                 await world.join(*(each.gateway for each in gateways))
-            if world.store.made_since(1) == ROUNDS:
+            if world.store.made_since(1) == rounds:
                 break
             for act in ("propose", "reveal"):
                 for gateway in gateways:
                     if round_is_open(world):
                         await getattr(gateway, act)(world)
+            if helper is not None and round_is_open(world):
+                await helper.answer_all(world)
         except Crash:
             deaths += 1
             running = False
@@ -126,9 +143,13 @@ async def drive(directory: Path, fuse: Fuse) -> tuple[list[tuple[bytes, int]], i
     world.coordinator.machine.validate()
     found = [(v.sha256, v.contributors) for v in world.store.versions(limit=100)]
     patches = [v.patch_ref.digest for v in world.store.versions(limit=100) if v.patch_ref is not None]
-    assert len(patches) == ROUNDS
-    assert [record.participants for record in world.store.rounds(limit=100) if record.version] == [5] * ROUNDS
-    assert [record.contributions for record in world.store.devices()] == [ROUNDS] * 5
+    assert len(patches) == rounds
+    assert [record.participants for record in world.store.rounds(limit=100) if record.version] == [6] * rounds
+    assert [record.contributions for record in world.store.devices()] == [rounds] * 6
+    for each in gateways:
+        commits = world.commits(each.gateway.name)
+        assert len({message for _, _, message in commits}) == len({commit.plan for commit, _, _ in commits}) == rounds
+    assert world.store.seal(rounds) is None
     manifest = world.manifest()
     assert manifest.version == found_version(world)
     await world.close()
@@ -141,15 +162,16 @@ def found_version(world: World) -> int:
     return newest.version
 
 
-async def test_every_write_may_be_the_last(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [PLAIN, MASKED], ids=["plain", "split"])
+async def test_every_write_may_be_the_last(tmp_path: Path, settings: dict[str, Any]) -> None:
     quiet = Fuse(None)
-    expected, deaths = await drive(tmp_path / "quiet", quiet)
+    expected, deaths = await drive(tmp_path / "quiet", quiet, settings)
     assert deaths == 0
-    assert len(expected) == ROUNDS + 1
-    assert quiet.writes > 20
+    assert len(expected) == settings["rounds"] + 1
+    assert quiet.writes > 10 * settings["rounds"]
     for after in (False, True):
         for at in range(1, quiet.writes + 1):
             fuse = Fuse(at, after=after)
-            found, deaths = await drive(tmp_path / f"{at}-{after}", fuse)
+            found, deaths = await drive(tmp_path / f"{at}-{after}", fuse, settings)
             assert deaths == 1, (at, after)
             assert found == expected, (at, after)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 
 from fleetfed.cloud_coordinator import events as ev
 from fleetfed.cloud_coordinator.config import RoundSettings
+from fleetfed.cloud_coordinator.round import Round, SiteRules
 from fleetfed.cloud_coordinator.state import CoordinatorMachine, Run, State, Wish
 from fleetfed.shared.errors import IllegalTransitionError, RejectReason
 from fleetfed.shared.machine import TimerFired
 from fleetfed.shared.wire.envelope import Digest, MessageId
+from fleetfed.shared.wire.messages import Mode
 
 PLAN = Digest(b"p" * 32)
 
@@ -306,3 +309,96 @@ def test_any_story_keeps_the_invariants_and_counts_nobody_twice(data: st.DataObj
                 for each in members:
                     assert committed.setdefault(each.device, message.gateway) == message.gateway
                 assert len(committed) <= 4
+
+
+def test_a_round_that_cannot_be_opened_is_tried_again_if_that_may_pass() -> None:
+    driver = Driver(machine())
+    state_machine = driver.machine
+    state_machine.handle(fleet("a"), driver.now)
+    (opening,) = state_machine.handle(TimerFired(), driver.now + 1_000)
+    assert isinstance(opening, ev.OpenRound)
+    driver.now += 1_000
+    driver.feed(ev.OpenRefused(reason="no helper", passing=True))
+    assert (state_machine.state, state_machine.last_round) == (State.WAITING, 0)
+    assert state_machine.run.problem == "no helper"
+    deadline = state_machine.next_deadline()
+    assert deadline is not None
+    driver.tick(deadline - driver.now)
+    assert state_machine.state is State.COLLECTING
+    assert state_machine.round is not None
+    assert state_machine.round.number == 1
+    assert state_machine.run.problem == ""
+
+
+def test_a_round_that_nobody_would_obey_pauses_the_rounds() -> None:
+    driver = Driver(machine())
+    driver.machine.handle(fleet("a"), driver.now)
+    driver.machine.handle(TimerFired(), driver.now + 1_000)
+    driver.feed(ev.OpenRefused(reason="below policy"))
+    assert (driver.machine.state, driver.machine.run.problem) == (State.PAUSED, "below policy")
+    assert driver.machine.next_deadline() is None
+    driver.feed(ev.ResumeRequested())
+    assert driver.machine.run.problem == ""
+
+
+def test_without_a_helper_no_round_with_two_seed_holders_opens() -> None:
+    driver = Driver(machine(mode=Mode.SPLIT, seed_holders=2))
+    driver.feed(fleet("a"))
+    driver.tick(10_000)
+    assert (driver.machine.state, driver.machine.next_deadline()) == (State.WAITING, None)
+    driver.feed(replace(fleet("a"), helper=True))
+    assert driver.machine.state is State.COLLECTING
+
+
+def test_a_failed_reveal_ends_its_gateways_part_and_counts_nothing() -> None:
+    driver = Driver(machine(quorum_minimum=2))
+    driver.open("a", "b")
+    driver.feed(proposal("a", "d1", "d2", "d3"), proposal("b", "d4", "d5"))
+    done = driver.feed(replace(reveal("a", 3), failed=RejectReason.OUT_OF_RANGE))
+    assert [type(each) for each in done] == [ev.StoreReveal, ev.SendStoredReceipt]
+    done = driver.feed(replace(reveal("b", 2), lost=1))
+    assert any(isinstance(each, ev.StoreAbort) for each in done)
+
+
+members = st.lists(
+    st.tuples(st.integers(0, 30), st.sampled_from(["n", "s"]), st.sampled_from(["", "x", "y"]), st.integers(0, 25)),
+    max_size=30,
+)
+
+
+@given(st.lists(members, max_size=3), st.integers(2, 6), st.integers(1, 3))
+def test_whatever_is_committed_keeps_the_rules_of_split_mode(
+    proposals: list[list[tuple[int, str, str, int]]], minimum: int, owners: int
+) -> None:
+    rules = SiteRules(minimum_cohort=minimum, minimum_owners=owners)
+    round_ = Round(number=1, plan=PLAN, expires=1, minimum=1, cohort_cap=40, awaited=(), rules=rules)
+    seeds: list[bytes] = []
+    devices: list[str] = []
+    for number, drawn in enumerate(proposals):
+        proposed = tuple(
+            ev.Member(
+                device=f"d{device}",
+                site=site,
+                owner=owner,
+                message_id=MessageId(bytes([number, place]) * 8),
+                head=Digest(bytes([number, place]) * 16),
+                size=1,
+                seed=bytes([seed]),
+            )
+            for place, (device, site, owner, seed) in enumerate(drawn)
+        )
+        event = ev.ProposalVerified(message=named(f"g{number}"), plan=PLAN, members=proposed)
+        committed, excluded = round_.admit(event)
+        assert {member.head.hex() for member in committed}.isdisjoint(excluded)
+        assert len(committed) + len(excluded) == len(proposed)
+        for site in {member.site for member in committed}:
+            own = [member for member in committed if member.site == site]
+            left_out = sum(member.site == site for member in proposed) - len(own)
+            assert len(own) >= minimum
+            assert len({member.owner for member in own}) >= owners
+            assert left_out <= max(2, 0.05 * (len(own) + left_out))
+        seeds += [member.seed for member in committed]
+        devices += [member.device for member in committed]
+        round_.validate()
+    assert len(set(seeds)) == len(seeds)
+    assert len(set(devices)) == len(devices)

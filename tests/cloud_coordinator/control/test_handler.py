@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from fleetfed_testing.cloud import ScriptedGateway, World, facts, small_model, write_model
+from fleetfed_testing.masked_cloud import MaskedGateway
 
 from fleetfed.cloud_coordinator.config import RoundSettings, StorageConfig
 from fleetfed.cloud_coordinator.publish import Outgoing, refs_of
@@ -19,10 +20,11 @@ from fleetfed.shared.errors import StorageError
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.model.patch import apply_patch
 from fleetfed.shared.trust.certificates import SERIALS, Role
+from fleetfed.shared.trust.policy import Policy
 from fleetfed.shared.trust.signer import Signer
 from fleetfed.shared.wire.blobs import part_count, unwrap
 from fleetfed.shared.wire.envelope import MessageKind
-from fleetfed.shared.wire.messages import BlobRef, Command, Outcome, Request, Revocations
+from fleetfed.shared.wire.messages import BlobRef, Command, Mode, Outcome, Request, Revocations
 from fleetfed.shared.wire.topics import Broadcast, Kind, Verb
 
 
@@ -365,3 +367,60 @@ async def test_a_full_disk_refuses_a_model_and_stops_nothing(tmp_path: Path) -> 
     Full.full = False
     assert (await world.ask(Command.MODEL_PUBLISH, file=str(other))).result["version"] == 2
     await world.close()
+
+
+async def test_a_start_below_the_policy_is_refused_to_the_operator(world: World, north: ScriptedGateway) -> None:
+    world.coordinator.verifier.policy = Policy(version=7, modes=(Mode.SPLIT,), minimum_cohort=20)
+    for arguments, words in (({}, "mode plain is not allowed"), ({"mode": "split"}, "cohorts from 5")):
+        before = facts(world)
+        answer = await world.ask(Command.ROUND_START, **arguments)
+        assert answer.error == "below_policy"
+        assert words in answer.detail
+        assert "no device would obey" in answer.detail
+        assert facts(world) == before
+    answer = await world.ask(Command.ROUND_START, mode="split", minimum_cohort=20)
+    assert answer.error == ""
+    assert world.plan()[0].policy == 7
+    assert north.name == "north"
+
+
+async def test_a_policy_that_is_raised_while_rounds_run_pauses_them_and_says_why(
+    world: World, north: ScriptedGateway
+) -> None:
+    await world.ask(Command.ROUND_START)
+    world.coordinator.verifier.policy = Policy(version=8, modes=(Mode.SPLIT,))
+    await world.run_round(north)
+    assert state(world) is State.PAUSED
+    assert world.store.rounds(limit=1)[0].number == 1
+    await world.restart()
+    status = (await world.ask(Command.ROUND_STATUS)).result
+    assert status["state"] == "paused"
+    assert "mode plain is not allowed" in status["waiting_for"]
+    assert status["round"] == 1
+    world.coordinator.verifier.policy = Policy(version=9)
+    await world.join(north)
+    assert (await world.ask(Command.ROUND_RESUME)).error == ""
+    assert state(world) is State.COLLECTING
+    assert (await world.ask(Command.ROUND_STATUS)).result["waiting_for"] == ""
+
+
+async def test_a_cohort_for_which_no_lane_is_wide_enough_is_refused(world: World, north: ScriptedGateway) -> None:
+    answer = await world.ask(Command.ROUND_START, mode="split", minimum_cohort=6, cohort_cap=5)
+    assert answer.error == "invalid"
+    assert "raise cohort_cap" in answer.detail
+    assert state(world) is State.IDLE
+    assert north.name == "north"
+
+
+async def test_the_status_tells_of_a_masked_round(world: World) -> None:
+    gateway = MaskedGateway(world.fleet, "north", [f"d{i}" for i in range(6)])
+    await world.join(gateway)
+    settings = {"mode": "split", "minimum_cohort": 3, "bucket": 3, "rounds": 1}
+    assert (await world.ask(Command.ROUND_START, **settings)).error == ""
+    await world.run_round(gateway)
+    status = (await world.ask(Command.ROUND_STATUS)).result
+    assert (status["settings"]["mode"], status["settings"]["bucket"]) == ("split", 3)
+    row = status["history"][-1]
+    assert (row["mode"], row["committed"], row["contributors"], row["buckets"], row["bucket_lost"]) == (
+        "split", 6, 6, 2, 0,
+    )  # fmt: skip

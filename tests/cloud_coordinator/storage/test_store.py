@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgpack
 import pytest
 
 from fleetfed.cloud_coordinator.events import Member
 from fleetfed.cloud_coordinator.storage import tables
 from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
-from fleetfed.cloud_coordinator.storage.records import ExchangeRecord, Origin, RoundRecord, VersionRecord
+from fleetfed.cloud_coordinator.storage.records import (
+    ExchangeRecord,
+    Origin,
+    RevealResult,
+    RoundRecord,
+    VersionRecord,
+)
 from fleetfed.cloud_coordinator.storage.store import Store
 from fleetfed.cloud_coordinator.training.clips import ClipState
 from fleetfed.shared.errors import ConfigError, StorageError
@@ -171,3 +180,77 @@ def test_collecting_keeps_what_is_named_and_clears_what_a_crash_left(blobs: Blob
     (tmp_path / "blobs" / ".new-0123").write_bytes(b"half")
     assert blobs.collect({keep}) == 2
     assert blobs.get(keep) == b"keep"
+
+
+def test_what_a_reveal_came_to_comes_back_and_tells_who_contributed(store: Store) -> None:
+    store.open_round(ROUND)
+    names = [bytes([number]) * 16 for number in range(4)]
+    members = tuple(
+        replace(MEMBER, device=f"d{number}", message_id=MessageId(name), owner="acme")
+        for number, name in enumerate(names)
+    )
+    store.add_exchange(replace(EXCHANGE, members=members))
+    assert store.exchanges(3)[0].contributors == ()
+    result = RevealResult(buckets=2, buckets_lost=1, lost=(names[0], names[2]))
+    store.add_reveal(round=3, gateway="g", head=b"r" * 32, words=b"", receipt=b"", result=result)
+    found = store.exchanges(3)[0]
+    assert found.result == result
+    assert found.members == members
+    assert [member.device for member in found.contributors] == ["d1", "d3"]
+    failed = RevealResult(failed="out_of_range")
+    store.add_reveal(round=3, gateway="g", head=b"r" * 32, words=b"", receipt=b"", result=failed)
+    assert store.exchanges(3)[0].contributors == ()
+
+
+def test_a_database_of_the_first_schema_is_brought_up_to_date(store: Store, tmp_path: Path, blobs: BlobStore) -> None:
+    store.open_round(ROUND)
+    store.add_exchange(EXCHANGE)
+    store.close()
+    with sqlite3.connect(tmp_path / "c.db") as old:
+        old.execute("ALTER TABLE exchanges DROP COLUMN result")
+        old.execute("DROP TABLE seals")
+        old.execute("UPDATE documents SET value = ? WHERE name = 'schema'", [b"1"])
+        members = msgpack.packb([["d", "s", b"m" * 16, b"h" * 32, 50]])
+        old.execute("UPDATE exchanges SET members = ?", [members])
+    old.close()
+    again = reopened(tmp_path, blobs)
+    assert again.exchange(3, "g") == EXCHANGE
+    assert again.document("schema") == str(tables.SCHEMA).encode()
+    again.add_seal(3, b"s" * 32)
+    again.close()
+
+
+def test_a_secret_is_kept_for_the_open_round_alone(store: Store) -> None:
+    for number in (1, 2, 3):
+        store.add_seal(number, bytes([number]) * 32)
+    assert store.drop_seals(but=2) == 2
+    assert [store.seal(number) for number in (1, 2, 3)] == [None, b"\2" * 32, None]
+    assert store.drop_seals() == 1
+    assert store.drop_seals() == 0
+
+
+def test_after_wiping_no_byte_of_a_secret_is_in_any_file_of_the_database(store: Store, tmp_path: Path) -> None:
+    secret = os.urandom(32)
+
+    def traces() -> list[str]:
+        return [path.name for path in tmp_path.glob("c.db*") if secret in path.read_bytes()]
+
+    store.add_seal(1, secret)
+    assert store.wipe()
+    assert traces() == ["c.db"]
+    store.drop_seals()
+    assert traces()
+    assert store.wipe()
+    assert traces() == []
+
+
+def test_a_log_that_another_program_reads_is_not_emptied_and_that_is_said(store: Store, tmp_path: Path) -> None:
+    store.add_seal(1, b"s" * 32)
+    with sqlite3.connect(tmp_path / "c.db") as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM seals").fetchall()
+        store.drop_seals()
+        store._connection.exec_driver_sql("PRAGMA busy_timeout=1")
+        assert not store.wipe()
+    reader.close()
+    assert store.wipe()
