@@ -29,6 +29,7 @@ ONLY_IN = {
     "cryptography": {"cloud_coordinator", "shared/secure"},
     "tuf": {"shared/trust", "cloud_coordinator/keys"},
     "securesystemslib": {"shared/trust"},
+    "dp_accounting": {"cloud_coordinator/privacy"},
     "tensorflow": {"cloud_coordinator/builder", "cloud_coordinator/zoo"},
     "sklearn": {"cloud_coordinator/demo"},
     "matplotlib": {"cloud_coordinator/demo"},
