@@ -12,7 +12,7 @@ from typing import Any
 
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.wire.envelope import Digest, MessageId
-from fleetfed.shared.wire.messages import Census, Plan, Presence
+from fleetfed.shared.wire.messages import Census, Life, Plan, Presence
 from fleetfed.shared.wire.topics import Kind
 
 # --- Events ----------------------------------------------------------------------------------------------------------
@@ -59,6 +59,15 @@ class PresenceArrived:
     kind: Kind
     member: str
     presence: Presence | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberChanged:
+    """A member's life, as presence tells it, changed; None: it left for good."""
+
+    kind: Kind
+    member: str
+    life: Life | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 from fleetfed.gateway import events as ev
@@ -37,21 +37,15 @@ from fleetfed.shared.wire.update import UpdateExtension
 RETRY: Final = 5_000
 """Milliseconds until an unanswered message is sent again; doubled up to `RETRY_CAP`."""
 RETRY_CAP: Final = 60_000
+KEPT: Final = 24 * 3_600_000
+"""Milliseconds after the plan's expiry until a round that still lacks its commit, or a sum from below, gives up bodies
+and keys: the cloud has long closed it, but may be away and unable to say so."""
 LONELY: Final = 2_000
 """Milliseconds for which a round stays open at a site where nobody is, so that members can still show up. Where there
 are devices and the plan selects none of them, there is nobody to wait for."""
 
 _S = RoundState
 _PAST: Final = (_S.PROPOSED, _S.COMMITTED, _S.REVEALED, _S.CLOSED)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemberChanged:
-    """A member's life changed; None: it left for good."""
-
-    kind: Kind
-    member: str
-    life: Life | None
 
 
 class RoundMachine(Machine[RoundState]):
@@ -185,7 +179,12 @@ class RoundMachine(Machine[RoundState]):
         """When to close, or to send again."""
         if self.state is RoundState.OPEN:
             return self._due()
-        return self._retry_at
+        void = self._void_at()
+        return void if self._retry_at is None else self._retry_at if void is None else min(void, self._retry_at)
+
+    def _void_at(self) -> int | None:
+        waits = self.state in (RoundState.PROPOSED, RoundState.COMMITTED)
+        return self.record.plan.expires + KEPT if waits else None
 
     def validate(self) -> None:
         """Assert every invariant."""
@@ -259,7 +258,7 @@ class RoundMachine(Machine[RoundState]):
         self.expected.add(event.device)
         return [ev.StoreDecline(device=event.device, reason=event.reason), receipt, *self._close_if_due(now)]
 
-    def _member_changed(self, event: MemberChanged, now: int) -> list[Any]:
+    def _member_changed(self, event: ev.MemberChanged, now: int) -> list[Any]:
         name = event.member
         if event.kind is Kind.GATEWAY:
             if event.life in (None, Life.DISCONNECTED) and name not in self.record.children:
@@ -474,6 +473,11 @@ class RoundMachine(Machine[RoundState]):
     def _timer(self, event: TimerFired, now: int) -> list[Any]:
         if self.state is RoundState.OPEN:
             return self._close_if_due(now)
+        void = self._void_at()
+        if void is not None and now >= void:
+            self.state = RoundState.CLOSED
+            self._retry_at = None
+            return [ev.StoreAnswered()]
         if self._retry_at is not None and now >= self._retry_at:
             return self._send_again(now)
         return []
@@ -495,7 +499,7 @@ class RoundMachine(Machine[RoundState]):
         (_S.OPEN, ev.UpdateArrived): Edge("_take_update", _S.OPEN, _S.PROPOSED),
         (_S.OPEN, ev.DeclineArrived): Edge("_take_decline", _S.OPEN, _S.PROPOSED),
         (_S.OPEN, ev.ChildProposed): Edge("_take_proposal", _S.OPEN, _S.PROPOSED),
-        (_S.OPEN, MemberChanged): Edge("_member_changed", _S.OPEN, _S.PROPOSED),
+        (_S.OPEN, ev.MemberChanged): Edge("_member_changed", _S.OPEN, _S.PROPOSED),
         (_S.OPEN, ev.SiteConnected): Edge("_site_connected", _S.OPEN, _S.PROPOSED),
         (_S.OPEN, TimerFired): Edge("_timer", _S.OPEN, _S.PROPOSED),
         (_S.OPEN, ev.CommitArrived): Edge("_take_commit"),
@@ -516,9 +520,11 @@ class RoundMachine(Machine[RoundState]):
         **{(state, ev.UpdateArrived): Edge("_take_update") for state in _PAST},
         **{(state, ev.DeclineArrived): Edge("_take_decline") for state in _PAST},
         **{(state, ev.ChildProposed): Edge("_take_proposal") for state in _PAST},
-        **{(state, MemberChanged): Edge("_ignore") for state in _PAST},
+        **{(state, ev.MemberChanged): Edge("_ignore") for state in _PAST},
         **{(state, ev.SiteConnected): Edge("_ignore") for state in _PAST},
-        **{(state, TimerFired): Edge("_timer") for state in _PAST},
+        (_S.PROPOSED, TimerFired): Edge("_timer", _S.PROPOSED, _S.CLOSED),
+        (_S.COMMITTED, TimerFired): Edge("_timer", _S.COMMITTED, _S.CLOSED),
+        **{(state, TimerFired): Edge("_timer") for state in (_S.REVEALED, _S.CLOSED)},
         **{(state, ev.ChildRevealed): Edge("_take_reveal") for state in (_S.PROPOSED, _S.REVEALED, _S.CLOSED)},
         **{(state, ev.Revoked): Edge("_revoked_now") for state in (_S.OPEN, *_PAST)},
         **{(state, ev.UpstreamConnected): Edge("_connect") for state in (_S.OPEN, *_PAST)},

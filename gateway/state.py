@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Final
 from fleetfed.gateway import events as ev
 from fleetfed.gateway.members import Members
 from fleetfed.gateway.record import Place, RoundRecord
-from fleetfed.gateway.round import MemberChanged, RoundMachine
+from fleetfed.gateway.round import RoundMachine
 from fleetfed.shared.aggregate.accumulator import Ring
 from fleetfed.shared.aggregate.scheme import scheme_of
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
@@ -294,7 +294,7 @@ class GatewayMachine(Machine[GatewayState]):
             return []
         self._census_due = self._census_time(now)
         life = event.presence.life if event.presence else None
-        return self._to_round(MemberChanged(kind=event.kind, member=event.member, life=life), now)
+        return self._to_round(ev.MemberChanged(kind=event.kind, member=event.member, life=life), now)
 
     def _census_below(self, event: ev.CensusArrived, now: int) -> list[Any]:
         try:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fleetfed.gateway import events as ev
 from fleetfed.gateway.record import NEVER, Accepted, Child, Place, RoundRecord, RoundState, Sent, close_time
-from fleetfed.gateway.round import LONELY, RETRY, RETRY_CAP, MemberChanged, RoundMachine
+from fleetfed.gateway.round import KEPT, LONELY, RETRY, RETRY_CAP, RoundMachine
 from fleetfed.gateway.state import CENSUS_EVERY, CENSUS_SOON, GatewayMachine, GatewayState
 from fleetfed.shared.errors import IllegalTransitionError, RejectReason
 from fleetfed.shared.machine import TimerFired
@@ -179,16 +179,16 @@ def test_the_quorums_fraction_is_enough(make: Make, fraction: float, devices: in
 def test_a_lost_device_stays_expected_and_a_disconnected_one_does_not(make: Make) -> None:
     machine = make("a", "b", "c")
     machine.handle(update("a"), T0)
-    machine.handle(MemberChanged(kind=Kind.DEVICE, member="b", life=Life.LOST), T0)
-    machine.handle(MemberChanged(kind=Kind.DEVICE, member="c", life=Life.DISCONNECTED), T0)
+    machine.handle(ev.MemberChanged(kind=Kind.DEVICE, member="b", life=Life.LOST), T0)
+    machine.handle(ev.MemberChanged(kind=Kind.DEVICE, member="c", life=Life.DISCONNECTED), T0)
     assert machine.state is RoundState.OPEN
-    instructions = machine.handle(MemberChanged(kind=Kind.DEVICE, member="b", life=Life.DISCONNECTED), T0)
+    instructions = machine.handle(ev.MemberChanged(kind=Kind.DEVICE, member="b", life=Life.DISCONNECTED), T0)
     assert kinds(instructions) == ["MakeProposal"]
 
 
 def test_a_device_that_wakes_is_waited_for(make: Make) -> None:
     machine = make("a")
-    machine.handle(MemberChanged(kind=Kind.DEVICE, member="b", life=Life.READY), T0)
+    machine.handle(ev.MemberChanged(kind=Kind.DEVICE, member="b", life=Life.READY), T0)
     machine.handle(update("a"), T0)
     assert machine.state is RoundState.OPEN
     machine.handle(update("b"), T0)
@@ -234,7 +234,7 @@ def test_after_a_start_it_does_not_trust_presence_at_once(make: Make) -> None:
     machine = make("a", settled=T0 + 500)
     machine.handle(update("a"), T0)
     assert machine.next_deadline() == T0 + 500
-    machine.handle(MemberChanged(kind=Kind.DEVICE, member="b", life=Life.READY), T0 + 100)
+    machine.handle(ev.MemberChanged(kind=Kind.DEVICE, member="b", life=Life.READY), T0 + 100)
     assert machine.next_deadline() == PLAN.deadline
 
 
@@ -376,7 +376,7 @@ def test_while_the_cloud_is_away_nothing_is_sent_and_then_everything_is(make: Ma
     machine.handle(ev.UpstreamLost(), T0)
     machine.handle(update("a"), T0)
     assert kinds(machine.handle(MADE, T0)) == ["StoreProposal"]
-    assert machine.next_deadline() is None
+    assert machine.next_deadline() == PLAN.expires + KEPT, "there is nobody to send it to"
     assert machine.handle(ev.UpstreamConnected(), T0) == [ev.SendProposal()]
 
 
@@ -391,6 +391,23 @@ def test_a_receipt_ends_the_reveal_and_a_refusal_ends_the_round_here(make: Make)
     assert kinds(machine.handle(receipt("reveal"), T0)) == ["StoreAnswered"]
     refused = proposed(make("a"), "a")
     assert kinds(refused.handle(receipt("proposal", RejectReason.LATE), T0)) == ["Refused", "StoreAnswered"]
+
+
+def test_what_waits_for_a_cloud_that_never_comes_back_is_given_up(make: Make) -> None:
+    proposal = proposed(make("a"), "a")
+    waits = make("a", gateways=("g-1",))
+    waits.handle(child("g-1", "x"), T0)
+    proposed(waits, "a")
+    waits.handle(commit("a", "x"), T0)
+    assert waits.state is RoundState.COMMITTED
+    for machine in (proposal, waits):
+        machine.handle(ev.UpstreamLost(), T0)
+        void = machine.next_deadline()
+        assert void == PLAN.expires + KEPT
+        assert machine.handle(TimerFired(), void - 1) == []
+        assert kinds(machine.handle(TimerFired(), void)) == ["StoreAnswered"]
+        assert machine.next_deadline() is None
+        assert kinds(machine.handle(commit("a", version=1), void)) == ["Refused"]
 
 
 def test_an_event_that_cannot_happen_names_its_story(make: Make) -> None:

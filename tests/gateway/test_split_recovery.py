@@ -14,7 +14,8 @@ from fleetfed_testing.signed_fleet import SignedFleet
 
 from fleetfed.gateway.journal import Journal
 from fleetfed.gateway.record import RoundSecrets, RoundState
-from fleetfed.shared.errors import StorageError
+from fleetfed.gateway.round import KEPT
+from fleetfed.shared.errors import RejectReason, StorageError
 from fleetfed.shared.wire.masking import Cosign
 from fleetfed.shared.wire.topics import Broadcast, Kind, Verb
 
@@ -206,6 +207,27 @@ async def test_the_key_is_gone_when_the_commit_is_refused(bench: Bench) -> None:
     site, stored = await _secrets(bench)
     await site.committed("d-0")
     gone(bench, stored)
+
+
+async def test_the_key_is_gone_when_the_proposal_is_refused(bench: Bench) -> None:
+    site, stored = await _secrets(bench)
+    topic = bench.upstream.down(Kind.GATEWAY, bench.name, Verb.RECEIPT)
+    refusal = site.fleet.receipt(bench.proposals()[0][0], reason=RejectReason.LATE)
+    bench.inbound.receive(topic, refusal)
+    await bench.quiet()
+    gone(bench, stored)
+
+
+async def test_the_key_is_gone_a_day_after_a_cloud_that_does_not_come_back(bench: Bench) -> None:
+    site, stored = await _secrets(bench)
+    bench.timer(120_000 + KEPT - 1)
+    await bench.quiet()
+    assert bench.journal.load().secrets is not None
+    bench.timer(1)
+    await bench.quiet()
+    gone(bench, stored)
+    await site.committed()
+    assert bench.reveals() == []
 
 
 async def test_the_key_is_gone_when_the_next_round_begins(bench: Bench) -> None:
