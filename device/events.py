@@ -136,11 +136,19 @@ class ManifestArrived:
 
 @dataclass(frozen=True, slots=True)
 class PlanArrived:
-    """A verified plan; ``plan_hash`` is its head's."""
+    """A verified plan.
+
+    Attributes:
+        plan: verified.
+        plan_hash: its head's.
+        verdict: what trust says of it.
+        signer: key of the coordinator that signed it.
+    """
 
     plan: Plan
     plan_hash: Digest
     verdict: Verdict = Verdict()
+    signer: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

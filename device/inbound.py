@@ -134,7 +134,7 @@ class Inbound:
         if not plan.opened <= plan.deadline <= plan.expires:
             raise RemoteProtocolError(RejectReason.MALFORMED, f"plan {plan.round}: its times are out of order")
         self._signers = {**dict(list(self._signers.items())[1 - _KEPT_SIGNERS :]), head.hash: head.header.sender}
-        return PlanArrived(plan, head.hash, self.judge(plan, now))
+        return PlanArrived(plan, head.hash, self.judge(plan, now), head.header.sender)
 
     def _cosign(self, payload: bytes, now: int) -> CosignArrived:
         cosign, head, certificate = self._verifier.open(payload, Cosign, kind=MessageKind.COSIGN, now=now)

@@ -8,12 +8,15 @@ fleet to that. Rules (docs/protocol.md, "Privacy ledger"):
 2. The same plan is debited once: after a crash the device may make the plan's one update again.
 3. Only plans that promise differential privacy are debited. What is spent stays spent: no plan, policy or restart
    lowers it.
-4. A ledger that is damaged, missing or older than the record beside it stops the device; it never begins anew by
+4. What a coordinator said whom the owners list no more counts for the separation no longer, or whoever stole its key
+   could keep the fleet out of noisy rounds for ever; as participations they stay.
+5. A ledger that is damaged, missing or older than the record beside it stops the device; it never begins anew by
    itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Final
@@ -23,13 +26,15 @@ from fleetfed.shared.errors import LocalProtocolError, RemoteProtocolError, Stor
 from fleetfed.shared.trust.policy import PrivacyFloor
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.codec import Length, Range
-from fleetfed.shared.wire.envelope import digest
+from fleetfed.shared.wire.envelope import KeyId, digest
 from fleetfed.shared.wire.fields import Count, Id
 from fleetfed.shared.wire.messages import DeclineReason, Plan
 
 _DIGEST: Final = 32
 _FORMAT: Final = 1
 _MOST_FLEETS: Final = 64
+_MOST_SIGNERS: Final = 16
+"""Coordinators' keys of which an account remembers the last round."""
 
 _WHAT_TO_DO: Final = (
     "what this device has spent of its privacy is not known, so it takes part in nothing: issue a new identity under a "
@@ -43,15 +48,20 @@ class Account:
 
     Attributes:
         participations: noisy rounds that an update was made for.
-        last_round: the last of them; 0 for none.
-        last_plan: head hash of that round's plan.
+        rounds: the last of them per coordinator's key (hex, empty where it is not known).
+        last_plan: head hash of the last plan that was debited.
         most: participations that the last plan or the policy allowed, whichever was less; for people.
     """
 
     participations: Count = 0
-    last_round: Count = 0
+    rounds: Annotated[dict[str, Count], Length(0, _MOST_SIGNERS)] = field(default_factory=dict)
     last_plan: Annotated[bytes, Length(0, _DIGEST)] = b""
     most: Count = 0
+
+    @property
+    def last_round(self) -> int:
+        """The last noisy round that the device took part in; 0 for none."""
+        return max(self.rounds.values(), default=0)
 
     def refusal(self, plan: Plan, plan_hash: bytes, floor: PrivacyFloor | None) -> tuple[DeclineReason, str] | None:
         """Why the device may not take part in ``plan``; None if it may.
@@ -67,18 +77,32 @@ class Account:
         if self.participations >= most:
             return DeclineReason.PRIVACY_BUDGET, f"took part {self.participations} times of {most}"
         since = plan.round - self.last_round
-        if self.participations and since < apart:
+        if self.rounds and since < apart:
             return DeclineReason.TOO_SOON, f"{since} rounds after round {self.last_round}, {apart} are due"
         return None
 
-    def debited(self, plan: Plan, plan_hash: bytes, floor: PrivacyFloor | None) -> Account:
-        """The account once the plan's update is made; the caller has asked `refusal`."""
+    def debited(self, plan: Plan, plan_hash: bytes, floor: PrivacyFloor | None, signer: bytes = b"") -> Account:
+        """The account once the plan's update is made; the caller has asked `refusal`.
+
+        Args:
+            plan, plan_hash, floor: as for `refusal`.
+            signer: key of the coordinator that signed the plan.
+        """
         most, _ = _bounds(plan, floor)
         if plan_hash == self.last_plan:
             return self
+        latest = sorted(self.rounds.items(), key=lambda each: each[1])[1 - _MOST_SIGNERS :]
         return Account(
-            participations=self.participations + 1, last_round=plan.round, last_plan=bytes(plan_hash), most=most
+            participations=self.participations + 1,
+            rounds={**dict(latest), signer.hex(): plan.round},
+            last_plan=bytes(plan_hash),
+            most=most,
         )
+
+    def forget(self, believed: Callable[[KeyId], bool]) -> Account:
+        """The account without the rounds of coordinators that are believed no more."""
+        rounds = {key: last for key, last in self.rounds.items() if not key or believed(KeyId(bytes.fromhex(key)))}
+        return self if len(rounds) == len(self.rounds) else replace(self, rounds=rounds)
 
     def allowed(self, plan: Plan, floor: PrivacyFloor | None) -> Account:
         """The same account, with what an acceptable plan allows in all."""
@@ -142,7 +166,17 @@ class Ledger:
         before = self.account(fleet)
         if account.participations < before.participations or account.last_round < before.last_round:
             raise LocalProtocolError(f"{before} may not become {account}")
-        accounts = {**self._accounts, fleet: account}
+        self._write({**self._accounts, fleet: account})
+
+    def forget(self, believed: Callable[[KeyId], bool]) -> bool:
+        """Forget rounds of coordinators that are believed no more; return whether there were any."""
+        accounts = {fleet: account.forget(believed) for fleet, account in self._accounts.items()}
+        if accounts == self._accounts:
+            return False
+        self._write(accounts)
+        return True
+
+    def _write(self, accounts: dict[str, Account]) -> None:
         if len(accounts) > _MOST_FLEETS:
             raise LocalProtocolError(f"{self._path}: more than {_MOST_FLEETS} fleets")
         raw = codec.encode(_Book(accounts=accounts))

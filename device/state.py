@@ -208,6 +208,7 @@ class DeviceMachine(Machine[DeviceState]):
         self._plan: Plan | None = None
         self._plan_hash = Digest(b"")
         self._verdict = Verdict()
+        self._signer = b""
         self._cosigns = Cosigns()
         self._detail = ""
         self._over = 0
@@ -319,6 +320,7 @@ class DeviceMachine(Machine[DeviceState]):
         out = self._leave()
         self._storing = False
         self._plan, self._plan_hash, self._verdict = plan, event.plan_hash, event.verdict
+        self._signer = event.signer
         if event.verdict.reason is not None:
             out.append(self._refusal())
         if not takes(event.plan_hash, self._device, plan.eligibility):
@@ -437,7 +439,7 @@ class DeviceMachine(Machine[DeviceState]):
         self._storing = True
         out: list[Any] = []
         if plan.privacy is not None:
-            self.account = self.account.debited(plan, plan_hash, event.verdict.floor)
+            self.account = self.account.debited(plan, plan_hash, event.verdict.floor, self._signer)
             out.append(Debit(self.account))
         return [*out, StoreUpdate(plan, plan_hash, gateway_key, event.verdict.helper_key)]
 

@@ -157,11 +157,12 @@ class Store:
 
         Whoever stole a coordinator's key may have pushed versions and rounds as far as numbers go.
         """
+        rounds = self._ledger.forget(believed)
         record = self._record
         floors = {key: version for key, version in record.floors.items() if believed(KeyId(bytes.fromhex(key)))}
         void = [each for each in self._all_answers() if each.signer and not believed(KeyId(each.signer))]
         if len(floors) == len(record.floors) and not void:
-            return False
+            return rounds
         highest = max(record.floors.values(), default=0)
         # What is above all that is remembered was raised before keys were remembered, and stays.
         floor = record.floor if record.floor > highest else max(floors.values(), default=0)

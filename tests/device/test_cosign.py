@@ -51,7 +51,7 @@ def ready() -> Driver:
 
 
 def spent(participations: int, last_round: int = 0) -> Driver:
-    account = Account(participations=participations, last_round=last_round, last_plan=b"before" if last_round else b"")
+    account = Account(participations=participations, rounds={"": last_round} if last_round else {})
     driver = Driver(Facts(models=(held(1),), cards=frozenset({CARD.ref.digest}), floor=1, account=account))
     driver(e.Connected())
     return driver
@@ -242,7 +242,7 @@ def test_policy_comes_before_labels_and_labels_before_the_ledger() -> None:
 def test_a_noisy_round_is_debited_before_its_update_is_made(ready: Driver) -> None:
     ready.plan(privacy=noisy())
     debit, store = ready(e.TrainingDone(hash_of(1)))
-    assert debit == e.Debit(Account(participations=1, last_round=1, last_plan=hash_of(1), most=3))
+    assert debit == e.Debit(Account(participations=1, rounds={"": 1}, last_plan=hash_of(1), most=3))
     assert isinstance(store, e.StoreUpdate)
 
 

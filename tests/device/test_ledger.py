@@ -16,6 +16,7 @@ from fleetfed.device.ledger import Account, Ledger
 from fleetfed.device.store import Store
 from fleetfed.shared.errors import LocalProtocolError, StorageError
 from fleetfed.shared.trust.policy import PrivacyFloor
+from fleetfed.shared.wire.messages import DeclineReason
 from fleetfed.shared.wire.privacy import Mechanism, Privacy
 
 
@@ -43,7 +44,7 @@ def test_what_is_spent_is_there_after_a_restart_and_per_fleet(tmp_path: Path) ->
     take_part(store, 4, "other")
     store.close()
     again = Store(tmp_path)
-    assert again.account("demo") == Account(participations=2, last_round=5, last_plan=hash_of(5), most=100)
+    assert again.account("demo") == Account(participations=2, rounds={"": 5}, last_plan=hash_of(5), most=100)
     assert again.account("other").participations == 1
     assert again.account("third") == Account()
     again.close()
@@ -94,8 +95,8 @@ def test_a_folder_that_never_spent_anything_begins_with_an_empty_ledger(tmp_path
 
 def test_what_is_spent_is_never_given_back(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger", disk=Disk(), spent=0)
-    ledger.keep("demo", Account(participations=2, last_round=5))
-    for less in (Account(participations=1, last_round=6), Account(participations=2, last_round=4)):
+    ledger.keep("demo", Account(participations=2, rounds={"": 5}))
+    for less in (Account(participations=1, rounds={"": 6}), Account(participations=2, rounds={"": 4})):
         with pytest.raises(LocalProtocolError):
             ledger.keep("demo", less)
     assert ledger.account("demo").participations == 2
@@ -128,6 +129,32 @@ def test_a_power_cut_at_every_step_of_a_debit(tmp_path: Path, lossy: bool) -> No
         again.close()
         assert not list(directory.glob("*.new"))
     assert seen == {1, 2}
+
+
+def test_rounds_of_a_coordinator_that_is_believed_no_more_stay_spent_but_keep_nobody_out(tmp_path: Path) -> None:
+    """A thief numbers its round as high as numbers go; the separation from the rounds before it still holds."""
+    honest, thief = b"h" * 16, b"t" * 16
+    far = plan(2**62, privacy=noisy(100))
+    store = Store(tmp_path)
+    account = store.account("demo").debited(plan(5, privacy=noisy(100)), hash_of(5), None, honest)
+    store.debit("demo", account)
+    store.debit("demo", account.debited(far, b"f" * 32, None, thief))
+    near, later = plan(7, privacy=noisy(100, 3)), plan(8, privacy=noisy(100, 3))
+    stuck = store.account("demo").refusal(later, hash_of(8), None)
+    assert stuck is not None
+    assert stuck[0] is DeclineReason.TOO_SOON
+    assert store.forget(lambda key: key == honest)
+    assert not store.forget(lambda key: key == honest)
+    store.close()
+    again = Store(tmp_path)
+    account = again.account("demo")
+    assert account.participations == 2
+    assert account.refusal(later, hash_of(8), None) is None
+    assert account.refusal(near, hash_of(7), None) == (
+        DeclineReason.TOO_SOON,
+        "2 rounds after round 5, 3 are due",
+    )
+    again.close()
 
 
 @settings(max_examples=200, deadline=None)
