@@ -124,13 +124,13 @@ class RoundSettings:
         if self.mode is Mode.SPLIT:
             self._check_split()
         else:
-            for name, given in (
-                ("bucket", self.bucket > 0),
-                ("seed_holders", self.seed_holders > 1),
-                ("robust", self.robust is not Robust.NONE),
+            for name, given, none in (
+                ("bucket", self.bucket > 0, "0"),
+                ("seed_holders", self.seed_holders > 1, "1"),
+                ("robust", self.robust is not Robust.NONE, "'none'"),
             ):
                 if given:
-                    raise ConfigError(f"{name} is for split mode: leave it out, or set mode = 'split'")
+                    raise ConfigError(f"{name} is for split mode: set {name} = {none}, or mode = 'split'")
 
         if self.privacy is not None:
             self._check_privacy(self.privacy)

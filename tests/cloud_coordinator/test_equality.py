@@ -1,4 +1,4 @@
-"""The same updates give the same version, however gateways split them and in whatever order they arrive."""
+"""The same updates give the same version, however gateways split them, in whatever order they arrive, masked or not."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fleetfed_testing.cloud import ScriptedGateway, World
+from fleetfed_testing.masked_cloud import MaskedGateway
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetfed.cloud_coordinator.config import RoundSettings
 from fleetfed.shared.trust.signer import Message
-from fleetfed.shared.wire.messages import Weighting
+from fleetfed.shared.wire.messages import Mode, Weighting
 from fleetfed.shared.wire.topics import Verb
 
 DEVICES = [f"d{i}" for i in range(7)]
@@ -48,15 +49,21 @@ async def test_plain_and_weighted_means_differ(tmp_path: Path) -> None:
     assert weighted[0] != plain[0]
 
 
-@settings(max_examples=12)
+@settings(max_examples=16)
 @given(st.data())
 async def test_any_order_and_repetition_gives_the_same_version(data: st.DataObject) -> None:
-    split = sorted(data.draw(st.sets(st.integers(1, len(DEVICES) - 1), max_size=2)))
+    masked = data.draw(st.booleans())
+    # In split mode a site of one device is left out.
+    places = st.sets(st.integers(1, len(DEVICES) - 1), max_size=2)
+    split = data.draw(st.sampled_from([[], [2], [3], [2, 4], [3, 5]]) if masked else places.map(sorted))
+    mode = {"mode": Mode.SPLIT, "minimum_cohort": 2} if masked else {}
+    kind = MaskedGateway if masked else ScriptedGateway
     parts = [DEVICES[a:b] for a, b in zip([0, *split], [*split, len(DEVICES)], strict=True)]
     with tempfile.TemporaryDirectory() as name:
         expected = await version_of(Path(name) / "flat", [DEVICES])
-        world = World(Path(name) / "any", rounds=RoundSettings(weight_cap=50, start_when=len(DEVICES), rounds=1))
-        gateways = {f"g{i}": ScriptedGateway(world.fleet, f"g{i}", devices) for i, devices in enumerate(parts)}
+        rounds = RoundSettings(weight_cap=50, start_when=len(DEVICES), rounds=1, **mode)
+        world = World(Path(name) / "any", rounds=rounds)
+        gateways = {f"g{i}": kind(world.fleet, f"g{i}", devices) for i, devices in enumerate(parts)}
         await world.join(*gateways.values())
         plan, plan_hash, ring = world.plan()
         proposals: dict[str, Message] = {}
