@@ -38,6 +38,15 @@ from fleetfed.shared.wire.update import SPLIT, UpdateExtension
 T = TypeVar("T")
 
 _BOXES: Final = 3
+_LEAF_MAY_ADMIT: Final = frozenset(
+    {
+        RejectReason.REVOKED,
+        RejectReason.EXPIRED,
+        RejectReason.EXPIRED_CERTIFICATE,
+        RejectReason.NOT_SELECTED,
+    }
+)
+"""Faults of a head that its leaf gateway cannot see, or not yet."""
 
 
 def _refused(reason: RejectReason, detail: str) -> RemoteProtocolError:
@@ -112,12 +121,13 @@ def verify(
     if commit.proposal != proposal_head.hash or commit.gateway != gateway.id:
         raise _refused(RejectReason.NOT_PROPOSED, "the commit answers another proposal")
     members, left_out = _members(proposal, commit)
-    checked = {
-        name: _Member(head, _check_head(head, plan, plan_hash, layout, verifier=verifier, now=now))
-        for name, head in members.items()
-    }
+
+    def check(head: Head) -> Certificate:
+        return _check_head(head, plan, plan_hash, layout, verifier=verifier, now=now)
+
+    checked = {name: _verified(heads, check) for name, heads in members.items()}
     sites = _by_site(checked)
-    _check_sites(sites, left_out, plan, split)
+    _check_sites(sites, _sites_left_out(left_out, check), plan, split)
     groups = _groups(sites, request.nonces, proposal, commit, split)
     keys = _mask_keys(checked, secret(own.public))
     claim = Claim(
@@ -172,32 +182,55 @@ def _open(
     return verifier.open(data, cls, kind=kind, now=now)
 
 
-def _members(proposal: Proposal, commit: Commit) -> tuple[dict[MessageId, Head], list[Head | None]]:
-    """The heads of the committed members, and those that are left out (None for what is no head)."""
+def _members(proposal: Proposal, commit: Commit) -> tuple[dict[MessageId, list[Head]], list[Head]]:
+    """Per committed member the heads that may be meant, as a rule one, and those that are left out."""
     names = [MessageId(commit.members[at : at + 16]) for at in range(0, len(commit.members), 16)]
     if len(commit.members) % 16 or not names or any(a >= b for a, b in itertools.pairwise(names)):
         raise _refused(RejectReason.MALFORMED, f"{len(commit.members)} bytes of members, or not sorted")
-    wanted = set(names)
-    found: dict[MessageId, Head] = {}
-    left_out: list[Head | None] = []
-    for raw in proposal.heads:
+    found: dict[MessageId, list[Head]] = {name: [] for name in names}
+    left_out: list[Head] = []
+    for raw in dict.fromkeys(proposal.heads):
         try:
             head = parse_head(raw)
         except RemoteProtocolError:
-            left_out.append(None)
             continue
-        name = head.header.message_id
-        if name not in wanted or head.size != len(raw):
-            left_out.append(head)
-        elif head.hash.hex() not in commit.excluded:
-            if name in found:
-                raise _refused(RejectReason.DUPLICATE, "two heads with the id of one member")
-            found[name] = head
-        else:
-            left_out.append(head)
-    if missing := wanted - found.keys():
-        raise _refused(RejectReason.NOT_PROPOSED, f"{len(missing)} members were not proposed")
+        if head.size != len(raw):
+            continue
+        meant = head.hash.hex() not in commit.excluded
+        (found[head.header.message_id] if meant and head.header.message_id in found else left_out).append(head)
+    if missing := sum(not heads for heads in found.values()):
+        raise _refused(RejectReason.NOT_PROPOSED, f"{missing} members were not proposed")
     return found, left_out
+
+
+def _verified(heads: Iterable[Head], check: Callable[[Head], Certificate]) -> _Member:
+    """The one of these heads that is good: in a tree another gateway may have added junk with the same id."""
+    good: list[_Member] = []
+    refused: RemoteProtocolError | None = None
+    for head in heads:
+        try:
+            good.append(_Member(head, check(head)))
+        except RemoteProtocolError as error:
+            refused = refused or error
+    if not good:
+        assert refused is not None
+        raise refused
+    if len({member.head.hash for member in good}) > 1:
+        raise _refused(RejectReason.DUPLICATE, "two heads with the id of one member")
+    return good[0]
+
+
+def _sites_left_out(heads: Iterable[Head], check: Callable[[Head], Certificate]) -> Counter[str | None]:
+    """How many of each site are left out that its gateway may have admitted: junk in its name does not count."""
+    sites: Counter[str | None] = Counter()
+    for head in heads:
+        try:
+            check(head)
+        except RemoteProtocolError as error:
+            if error.reason not in _LEAF_MAY_ADMIT:
+                continue
+        sites[claimed_site(head.certificate)] += 1
+    return sites
 
 
 def _check_head(
@@ -234,9 +267,8 @@ def _by_site(members: Mapping[MessageId, _Member]) -> dict[str, dict[MessageId, 
 
 
 def _check_sites(
-    sites: Mapping[str, Mapping[MessageId, _Member]], left_out: Iterable[Head | None], plan: Plan, split: Split
+    sites: Mapping[str, Mapping[MessageId, _Member]], missing: Mapping[str | None, int], plan: Plan, split: Split
 ) -> None:
-    missing = Counter(claimed_site(head.certificate) for head in left_out if head is not None)
     for site, members in sites.items():
         owners = {member.certificate.owner for member in members.values()}
         if len(members) < split.minimum_cohort:
@@ -245,8 +277,9 @@ def _check_sites(
             raise _refused(RejectReason.BELOW_OWNERS, f"{len(owners)} owners at {site}")
         if len(members) > plan.quorum.cohort_cap:
             raise _refused(RejectReason.COHORT_FULL, f"{len(members)} members of {site}")
-        if missing[site] > max(2, (len(members) + missing[site]) // 20):
-            raise _refused(RejectReason.TOO_MANY_EXCLUDED, f"{missing[site]} of {site} are left out")
+        left_out = missing.get(site, 0)
+        if left_out > max(2, (len(members) + left_out) // 20):
+            raise _refused(RejectReason.TOO_MANY_EXCLUDED, f"{left_out} of {site} are left out")
 
 
 def _groups(

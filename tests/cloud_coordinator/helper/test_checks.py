@@ -395,6 +395,47 @@ def test_too_many_left_out(bench: Bench) -> None:
     bench.verify(rnd, rnd.request(DEVICES))
 
 
+def proposal_with(bench: Bench, rnd: HelperRound, *more: bytes, first: bool = False) -> Any:
+    """A proposal with further heads before or after the right ones."""
+    heads = [update.head.encode() for update in rnd.updates.values()]
+    body = Proposal(plan=rnd.hash, heads=tuple([*more, *heads] if first else [*heads, *more]))
+    gateway = bench.fleet.signer("g-north", Role.GATEWAY, "north")
+    return gateway.sign(MessageKind.PROPOSE, body, now=bench.fleet.now, round=1)
+
+
+def test_junk_in_the_name_of_a_site_does_not_count_against_it(bench: Bench) -> None:
+    """Of a hostile gateway elsewhere in the tree, which could else stop every round."""
+    rnd = bench.round(*DEVICES)
+    other = bench.round("d-x1", "d-x2", "d-x3")
+    junk = []
+    for update in other.updates.values():
+        raw = bytearray(update.head.encode())
+        raw[60] ^= 1
+        junk.append(bytes(raw))
+    proposal = proposal_with(bench, rnd, *junk, b"no head at all")
+    assert len(bench.verify(rnd, rnd.ask(proposal, rnd.commit(proposal))).claim.devices) == len(DEVICES)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_copy_of_a_head_with_a_broken_signature_hides_nobody(bench: Bench, first: bool) -> None:
+    rnd = bench.round(*DEVICES)
+    head = rnd.updates["d-1"].head
+    broken = replace(head, signature=bytes(64)).encode()
+    proposal = proposal_with(bench, rnd, broken, head.encode(), first=first)
+    job = bench.verify(rnd, rnd.ask(proposal, rnd.commit(proposal)))
+    assert words(job.add_up()[0]) == masks(bench, rnd, DEVICES)
+
+
+def test_two_good_heads_with_one_message_id(bench: Bench) -> None:
+    rnd = bench.round(*DEVICES)
+    taken = rnd.updates["d-1"].id
+    bench.fleet.signer("d-5")._randomness = lambda size: taken
+    rnd.add("d-5")
+    extra = rnd.updates.pop("d-5").head.encode()
+    proposal = proposal_with(bench, rnd, extra)
+    bench.refuses(RejectReason.DUPLICATE, rnd, rnd.ask(proposal, rnd.commit(proposal)))
+
+
 # --- Nonces ----------------------------------------------------------------------------------------------------------
 
 
