@@ -1,19 +1,24 @@
-"""`fleetfed keys`: make, list and revoke identities."""
+"""`fleetfed keys`: make, list and revoke identities; what concerns trust metadata is in `keys_policy`, `keys_trust`."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from fleetfed.cloud_coordinator.cli import output
+from fleetfed.cloud_coordinator.cli import keys_policy, keys_trust, output
+from fleetfed.cloud_coordinator.keys.equip import follow, make_trust
 from fleetfed.cloud_coordinator.keys.keyring import CRL_DAYS, DEFAULT_DAYS, Keyring, Member, MemberRole, NewMember
+from fleetfed.cloud_coordinator.keys.owners import Missing
 from fleetfed.cloud_coordinator.keys.pki import Listener
 from fleetfed.shared import config
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _COLUMNS = ("id", "role", "site", "owner", "valid until", "revoked")
 _CSV_COLUMNS = ("id", "role", "site", "upstream", "owner", "days", "hosts")
@@ -36,15 +41,34 @@ _dir_option = click.option(
     )
 )
 def keys() -> None:
-    """Make, list and revoke identities."""
+    """Make, list and revoke identities; set the policy that nobody can fall below."""
+
+
+keys.add_command(keys_policy.policy)
+for _command in (keys_trust.sign, keys_trust.renew, keys_trust.rotate, keys_trust.publish, keys_trust.status):
+    keys.add_command(_command)
+
+
+def _threshold(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
+    """``2/3``: two of three keys sign."""
+    threshold, _, count = value.partition("/")
+    if not (threshold.isdigit() and count.isdigit() and 1 <= int(threshold) <= int(count) <= 16):
+        raise click.BadParameter(f"{value!r}: give so many of so many keys, such as 2/3", ctx, param)
+    return int(threshold), int(count)
+
+
+def _keys_option(name: str, text: str) -> Callable[[F], F]:
+    return click.option(name, callback=_threshold, default="2/3", metavar="K/N", show_default=True, help=text)
 
 
 @keys.command(epilog=output.example("fleetfed keys init --fleet demo --dir keys"))
 @click.option("--fleet", required=True, help="The fleet's name; it stands in every topic.")
+@_keys_option("--root-keys", "So many of so many root keys must sign.")
+@_keys_option("--targets-keys", "So many of so many targets keys must sign.")
 @_dir_option
 @output.json_option
-def init(fleet: str, directory: Path, as_json: bool) -> None:
-    """Make the fleet's authority, its TLS authority, a coordinator and a first operator."""
+def init(fleet: str, root_keys: tuple[int, int], targets_keys: tuple[int, int], directory: Path, as_json: bool) -> None:
+    """Make the fleet's authority, its trust metadata, its TLS authority, a coordinator and a first operator."""
     keyring = Keyring.create(directory, fleet, now=unix_ms())
     members = keyring.issue(
         [
@@ -53,11 +77,25 @@ def init(fleet: str, directory: Path, as_json: bool) -> None:
         ],
         now=unix_ms(),
     )
+    owners = make_trust(keyring, now=unix_ms(), root=root_keys, targets=targets_keys)
     if as_json:
-        output.print_json({"fleet": fleet, "authority": keyring.authority_key, "members": _rows(keyring, members)})
+        output.print_json(
+            {
+                "fleet": fleet,
+                "authority": keyring.authority_key,
+                "members": _rows(keyring, members),
+                "offline_keys": owners.offline_keys,
+            }
+        )
         return
     print(f"Fleet {fleet}: its authority is in {directory}. Back it up, and keep it off every device.")
     _table(members)
+    print(f"\n{len(owners.offline_keys)} offline keys are in {owners.offline_keys[0].parent}, without passphrases.")
+    print(
+        "Move each to a medium of its own, kept by another person, and leave none on this machine:\n"
+        f"{root_keys[0]} of {root_keys[1]} root keys decide who the owners are, "
+        f"{targets_keys[0]} of {targets_keys[1]} targets keys what they allow."
+    )
     print(
         "\nNext: fleetfed keys issue broker --role broker --host BROKER-HOST\n"
         "      fleetfed keys issue g-north --role gateway --site north\n"
@@ -128,10 +166,12 @@ def issue(
     else:
         with click.progressbar(length=len(wanted), label="Issuing") as bar:
             members = keyring.issue(wanted, now=unix_ms(), progress=lambda _: bar.update(1))
+    missing = follow(keyring, members, now=unix_ms())
     if as_json:
-        output.print_json({"members": _rows(keyring, members)})
+        output.print_json({"members": _rows(keyring, members), "missing": missing})
         return
     _table(members)
+    _unlisted(missing)
     first = keyring.identity_folder(members[0].id)
     where = first if len(members) == 1 else first.parent
     print(f"\n{where}: copy {'it' if len(members) == 1 else 'each folder'} to its machine over a safe way.")
@@ -194,6 +234,7 @@ def revoke(names: tuple[str, ...], operator: Path | None, directory: Path, as_js
     if signed is None:
         raise ConfigError("nobody was ever revoked: give an ID or a serial number")
     delivered, detail = deliver_list(operator, signed, again="fleetfed keys revoke --config operator.toml")
+    missing = follow(keyring, (), now=unix_ms())
     if as_json:
         output.print_json(
             {
@@ -202,11 +243,13 @@ def revoke(names: tuple[str, ...], operator: Path | None, directory: Path, as_js
                 "detail": detail,
                 "list": directory / "revocations.bin",
                 "crl": keyring.crl_file(),
+                "missing": missing,
             }
         )
         return
     if revoked:
         _table(revoked)
+    _unlisted(missing)
     print(detail)
     print(f"Brokers: copy {keyring.crl_file()} to each and reload it (SIGHUP), so that TLS refuses them too.")
 
@@ -247,6 +290,12 @@ def list_(role: str | None, site: str | None, directory: Path, as_json: bool) ->
         output.print_json({"fleet": keyring.fleet, "members": _rows(keyring, members)})
     else:
         _table(members)
+
+
+def _unlisted(missing: Sequence[Missing]) -> None:
+    """Say who has to sign before the fleet knows of a change."""
+    for each in missing:
+        print(f"Not in force yet: {each.role} needs {each.needs} more of {', '.join(each.by)}: fleetfed keys sign")
 
 
 def _rows(keyring: Keyring, members: tuple[Member, ...] | list[Member]) -> list[dict[str, Any]]:

@@ -160,6 +160,7 @@ def version_row(record: VersionRecord) -> dict[str, Any]:
         "source": record.source,
         "name": record.name,
         "sha256": record.sha256.hex(),
+        "card": record.card_ref.digest.hex(),
         "bytes": record.size,
         "kept": record.file is not None,
         "round": record.round,

@@ -280,7 +280,7 @@ class Owners:
         elif root is not None:
             # A root that takes keys away from targets makes those in force void unless others signed them too.
             found.append(_missing(self.targets, root.signed, Targets.type))
-        return [each for each in found if each is not None]
+        return list(dict.fromkeys(each for each in found if each is not None))
 
     def _put_in_force(self) -> None:
         root, word = self.staged(Root), self.staged(Targets)

@@ -41,7 +41,7 @@ def test_the_commands_are_those_of_the_manual() -> None:
         "model": {"build", "publish", "list", "show", "rollback", "export"},
         "fleet": {"list", "show"},
         "privacy": {"plan", "explain"},
-        "keys": {"init", "issue", "revoke", "list", "crl"},
+        "keys": {"init", "issue", "revoke", "list", "crl", "policy", "sign", "renew", "rotate", "publish", "status"},
         "coordinator": {"init", "run"},
         "broker": {"run", "render"},
     }
