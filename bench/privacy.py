@@ -258,7 +258,7 @@ def main() -> int:
         tensors=len(fleet.card.tensors),
     )
     found = []
-    for name, settings in arms(clip, planned, given.epsilon or [2.0, 4.0, 8.0]):
+    for name, settings in arms(clip, planned, given.epsilon or [2.0, 8.0]):
         expected = planner.plan(settings, planned)
         accuracy, last = private(fleet, settings)
         row = {
