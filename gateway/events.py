@@ -176,6 +176,14 @@ class ReceiptArrived:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UpdatesJudged:
+    """`JudgeUpdates` was performed: own updates that are left out, with their scores."""
+
+    plan: bytes
+    outliers: dict[MessageId, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProposalMade:
     """`MakeProposal` was performed."""
 
@@ -323,12 +331,23 @@ class LowerRound:
 # --- Instructions: work ---------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class JudgeUpdates:
+    """Find which of the stored updates do not look like the others; feed `UpdatesJudged`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MakeProposal:
-    """Sign the heads of the stored updates and of the children's proposals; feed `ProposalMade`."""
+    """Sign the heads of the stored updates and of the children's proposals; feed `ProposalMade`.
+
+    Attributes:
+        declined, rejected: in the whole subtree, by reason.
+        outliers: own devices that were left out, with their scores.
+    """
 
     declined: dict[str, int]
     rejected: dict[str, int]
+    outliers: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

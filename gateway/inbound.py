@@ -302,10 +302,12 @@ class Inbound:
     def _reveal_complete(self, gateway: str, message: Complete) -> None:
         rnd, head = self._machine.round, message.head
         assert rnd is not None, "admitted without a round"
-        rules, raw = rnd.rules, head.encode() + bytes(message.body)
+        rules, own, raw = rnd.rules, self._site.site, head.encode() + bytes(message.body)
 
         def decode() -> ev.ChildRevealed:
             reveal, partial = rules.open_reveal(head, message.body)
+            if any(bucket.site == own for bucket in reveal.buckets):
+                raise RemoteProtocolError(RejectReason.WRONG_SITE, f"{gateway} reveals buckets of {own}")
             return ev.ChildRevealed(
                 gateway=gateway,
                 plan=reveal.plan,

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, BinaryIO, Final, TypeVar, cast
 
 from fleetfed.gateway import events as ev
 from fleetfed.gateway.record import Accepted, Child, RoundRecord, RoundSecrets, Sent
@@ -324,6 +325,10 @@ class Journal:
         for message_id in message_ids:
             head, body = self._one("SELECT head, body FROM updates WHERE message_id = ?", message_id)
             yield head, body
+
+    def scratch(self) -> BinaryIO:
+        """An empty file beside the journal, gone once it is closed."""
+        return cast(BinaryIO, tempfile.TemporaryFile(dir=self._path.parent))
 
     def reveals(self) -> Iterator[bytes]:
         """The stored reveals of gateways below, one message at a time."""

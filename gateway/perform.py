@@ -261,8 +261,11 @@ class Performer:
                 self._store_round(instruction)
             case ev.StoreDecline():
                 pipeline.store(rows.decline_rows(instruction))
-            case ev.MakeProposal(declined=declined, rejected=rejected):
-                self._make_proposal(declined, rejected)
+            case ev.JudgeUpdates():
+                # Once they are on disk: that is where they are looked at.
+                pipeline.send(self._judge)
+            case ev.MakeProposal():
+                self._make_proposal(instruction)
             case ev.StoreProposal(raw=raw):
                 pipeline.store(rows.fact_rows("proposal", raw))
             case ev.SendProposal():
@@ -332,20 +335,47 @@ class Performer:
         self._worker.do(lambda: total.add(opened), _must_work, small=self._small())
         parcel.opened = None
 
-    def _make_proposal(self, declined: dict[str, int], rejected: dict[str, int]) -> None:
+    def _judge(self) -> None:
+        rnd, total = self._machine.round, self._sum
+        if rnd is None or total is None:
+            return
+        plan, own = rnd.record.hash, rnd.own_part()
+
+        def judge() -> dict[MessageId, float]:
+            try:
+                return total.leave_out(own, self._journal)
+            except StorageError:
+                # The round was over in the meantime, and its journal with it.
+                if self._sum is total:
+                    raise
+                return {}
+
+        def judged(outliers: Any) -> None:
+            _must_work(outliers)
+            for each, score in outliers.items():
+                _log.warning("round %d: update %s is an outlier, score %.1f", rnd.record.plan.round, each.hex(), score)
+            self.feed(ev.UpdatesJudged(plan=plan, outliers=outliers))
+
+        self._worker.do(judge, judged, small=len(own) * rnd.ring.layout.dimension <= SMALL)
+
+    def _make_proposal(self, order: ev.MakeProposal) -> None:
         rnd = self._machine.round
         assert rnd is not None
         stored = self._journal.heads() | self._fresh
         own = sorted(update.message_id for update in rnd.record.accepted.values())
         children = self._journal.child_proposals() | self._fresh_proposals
         below = [decode_stored(Proposal, raw) for _, raw in sorted(children.items())]
+        # Nobody below speaks of our own devices.
+        told = {name: score for each in below for name, score in each.outliers.items()}
+        outliers = {name: s for name, s in told.items() if name not in rnd.record.accepted} | order.outliers
         # One commitment per site: whoever is below cannot make one in our name.
         nonces = {each.site: each for proposal in below for each in proposal.nonces} | self._own_nonces(bool(own))
         proposal = Proposal(
             plan=rnd.record.hash,
             heads=(*(stored[message_id] for message_id in own), *(head for each in below for head in each.heads)),
-            declined=declined,
-            rejected=rejected,
+            declined=order.declined,
+            rejected=order.rejected,
+            outliers=outliers,
             nonces=tuple(nonces.values()),
         )
         message = self._sign(MessageKind.PROPOSE, proposal)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from fleetfed.gateway import defence
 from fleetfed.gateway.events import CommitArrived
 from fleetfed.gateway.record import Accepted, RoundSecrets
+from fleetfed.gateway.robust import norm
 from fleetfed.gateway.summation import Source, Summation
 from fleetfed.shared.aggregate.accumulator import Partial, Ring, decode_words, encode_words, max_words_body
 from fleetfed.shared.aggregate.body import decode_body, max_body
 from fleetfed.shared.aggregate.lanes import Values, Words
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.wire import codec
+from fleetfed.shared.wire.defence import Defence
 from fleetfed.shared.wire.envelope import Head, Header, MessageId, open_body, parse_head
 from fleetfed.shared.wire.messages import Plan, Reveal
 from fleetfed.shared.wire.update import PLAIN, UpdateExtension
@@ -39,7 +42,7 @@ class PlainRules:
 
     def summation(self, secrets: RoundSecrets | None, *, site: str) -> Summation:
         """A `PlainSum`."""
-        return PlainSum(self._ring, capacity=self._plan.quorum.cohort_cap)
+        return PlainSum(self._ring, capacity=self._plan.quorum.cohort_cap, rule=self._plan.defence)
 
     def check_update(self, header: Header, extension: UpdateExtension) -> None:
         """No boxes, and a body of no more bytes than the plan's values can need."""
@@ -65,15 +68,46 @@ class PlainRules:
 
 
 class PlainSum(Summation):
-    """The sum of updates that the gateway reads."""
+    """The sum of updates that the gateway reads.
+
+    Args:
+        ring, capacity: as for `Summation`.
+        rule: how outliers are met; None for not at all.
+    """
+
+    def __init__(self, ring: Ring, *, capacity: int, rule: Defence | None = None) -> None:
+        super().__init__(ring, capacity=capacity)
+        self._rule = rule
 
     def open(self, head: Head, body: bytes | memoryview) -> tuple[Values, Words]:
         """Integers and meta words of an update, all in the plan's range.
 
         Raises:
-            RemoteProtocolError: `BODY_MISMATCH`, `DECOMPRESSION`, `OUT_OF_RANGE` and what else `decode_body` raises.
+            RemoteProtocolError: `BODY_MISMATCH`, `DECOMPRESSION`, `OUT_OF_RANGE` and what else `decode_body` raises;
+                `OUTLIER` beyond the plan's norm bound.
         """
-        return decode_values(open_body(head.header, body), self.ring)
+        values, meta = decode_values(open_body(head.header, body), self.ring)
+        bound = self._rule.norm_bound if self._rule is not None else 0
+        if bound:
+            length = norm(values)
+            if length > bound:
+                raise RemoteProtocolError(RejectReason.OUTLIER, f"norm {length:.0f}, bound {bound:.0f}")
+        return values, meta
+
+    def leave_out(self, members: Sequence[MessageId], source: Source) -> dict[MessageId, float]:
+        """By the plan's defence."""
+        if self._rule is None:
+            return {}
+        return defence.leave_out(members, source, self._values, ring=self.ring, defence=self._rule)
+
+    def release(self, own: Partial, members: Sequence[MessageId], source: Source) -> Partial:
+        """The own sum by the plan's rule, with what every sum gets."""
+        if self._rule is not None:
+            own = defence.combine(own, members, source, self._values, defence=self._rule)
+        return super().release(own, members, source)
+
+    def _values(self, head: bytes, body: bytes) -> Values:
+        return decode_values(open_body(parse_head(head).header, body), self.ring)[0]
 
     def add(self, opened: tuple[Values, Words]) -> None:
         """Add integers."""

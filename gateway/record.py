@@ -118,6 +118,15 @@ class RoundRecord:
     aborted: str = ""
     answered: bool = False
 
+    def tallies(self, rejected: Counter[str]) -> tuple[dict[str, int], dict[str, int]]:
+        """How many of the whole subtree declined, and were refused, by reason; ``rejected`` are the own refusals."""
+        declined: Counter[str] = Counter(reason for name, reason in self.declined.items() if name not in self.accepted)
+        refused = Counter(rejected)
+        for child in self.children.values():
+            declined.update(child.declined)
+            refused.update(child.rejected)
+        return bounded(declined), bounded(refused)
+
     def state(self) -> RoundState:
         """The state that the durable facts amount to."""
         if self.answered:

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Final
 
 from fleetfed.gateway import events as ev
 from fleetfed.gateway.modes import check_scale, rules_of
-from fleetfed.gateway.record import Accepted, Child, Place, RoundRecord, RoundState, Sent, bounded, close_time
+from fleetfed.gateway.record import Accepted, Child, Place, RoundRecord, RoundState, Sent, close_time
 from fleetfed.shared.aggregate.accumulator import Ring
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.machine import Edge, Machine, TimerFired
@@ -338,22 +338,34 @@ class RoundMachine(Machine[RoundState]):
     def _close_if_due(self, now: int) -> list[Any]:
         if self.state is not RoundState.OPEN or now < self._due():
             return []
-        void = [(name, update) for name, update in self.record.accepted.items() if update.serial in self._revoked]
-        for name, update in void:
-            del self.record.accepted[name]
+        drop = self._void(
+            {name for name, update in self.record.accepted.items() if update.serial in self._revoked},
+            RejectReason.REVOKED,
+        )
+        self.state = RoundState.PROPOSED
+        defended = self.record.plan.defence is not None and len(self.record.accepted) > 0
+        return [*drop, ev.JudgeUpdates() if defended else self._propose({})]
+
+    def _void(self, devices: set[str], reason: RejectReason) -> list[Any]:
+        """Take accepted updates back."""
+        void = [self.record.accepted.pop(name) for name in sorted(devices)]
+        for update in void:
             del self._device_of[update.message_id]
             self._bytes -= update.size
-            self.rejected[RejectReason.REVOKED] += 1
-        self.state = RoundState.PROPOSED
-        declined: Counter[str] = Counter(
-            reason for name, reason in self.record.declined.items() if name not in self.record.accepted
-        )
-        rejected = Counter(self.rejected)
-        for child in self.record.children.values():
-            declined.update(child.declined)
-            rejected.update(child.rejected)
-        drop = [ev.DropUpdates(message_ids=tuple(update.message_id for _, update in void), forget=True)] if void else []
-        return [*drop, ev.MakeProposal(declined=bounded(declined), rejected=bounded(rejected))]
+            self.rejected[reason] += 1
+        return [ev.DropUpdates(message_ids=tuple(each.message_id for each in void), forget=True)] if void else []
+
+    def _judged(self, event: ev.UpdatesJudged, now: int) -> list[Any]:
+        if self.record.proposal is not None:
+            return []
+        outliers = {self._device_of[each]: score for each, score in event.outliers.items() if each in self._device_of}
+        drop = self._void(set(outliers), RejectReason.OUTLIER)
+        # The proposal first: who restarts in between, with some outliers gone, would judge the rest anew.
+        return [self._propose(outliers), *drop]
+
+    def _propose(self, outliers: dict[str, float]) -> ev.MakeProposal:
+        declined, rejected = self.record.tallies(self.rejected)
+        return ev.MakeProposal(declined=declined, rejected=rejected, outliers=outliers)
 
     def _proposal_made(self, event: ev.ProposalMade, now: int) -> list[Any]:
         self.record.proposal = Sent(event.message_id, event.head)
@@ -506,6 +518,7 @@ class RoundMachine(Machine[RoundState]):
         (_S.OPEN, ev.ChildRevealed): Edge("_take_reveal"),
         (_S.OPEN, ev.ReceiptArrived): Edge("_ignore"),
         (_S.PROPOSED, ev.ProposalMade): Edge("_proposal_made"),
+        (_S.PROPOSED, ev.UpdatesJudged): Edge("_judged"),
         (_S.PROPOSED, ev.CommitArrived): Edge("_take_commit", _S.PROPOSED, _S.COMMITTED, _S.CLOSED),
         (_S.PROPOSED, ev.ReceiptArrived): Edge("_take_receipt", _S.PROPOSED, _S.CLOSED),
         (_S.COMMITTED, ev.ChildRevealed): Edge("_take_reveal"),

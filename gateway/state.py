@@ -56,6 +56,7 @@ _ROUND_EVENTS: Final = (
     ev.ChildRevealed,
     ev.CommitArrived,
     ev.ReceiptArrived,
+    ev.UpdatesJudged,
     ev.ProposalMade,
     ev.RevealMade,
 )
@@ -194,6 +195,8 @@ class GatewayMachine(Machine[GatewayState]):
         self.state = GatewayState.IDLE
         plan = pending.plan
         try:
+            if now >= plan.expires:
+                raise RemoteProtocolError(RejectReason.EXPIRED, "its model came too late")
             if served.version == plan.model_version and served.sha256 != plan.model_sha256:
                 raise RemoteProtocolError(RejectReason.WRONG_MODEL, "the plan names another file of this version")
             ring = scheme_of(plan, served.sizes).ring

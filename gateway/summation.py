@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from fleetfed.gateway.events import CommitArrived
 from fleetfed.shared.aggregate.accumulator import Accumulator, Partial, Ring
@@ -29,6 +29,9 @@ class Source(Protocol):
 
     def reveals(self) -> Iterator[bytes]:
         """The stored reveals of gateways below, one message at a time."""
+
+    def scratch(self) -> BinaryIO:
+        """An empty file on the journal's disk, gone once it is closed."""
 
 
 class Summation(ABC):
@@ -88,6 +91,15 @@ class Summation(ABC):
     def nonces(self) -> tuple[NonceHash, ...]:
         """What a proposal with own updates says of this site's coin."""
         return ()
+
+    def leave_out(self, members: Sequence[MessageId], source: Source) -> dict[MessageId, float]:
+        """Which own updates do not look like the others, with their scores; asked once, before the proposal.
+
+        Args:
+            members: all that could be proposed.
+            source: holds them.
+        """
+        return {}
 
     def release(self, own: Partial, members: Sequence[MessageId], source: Source) -> Partial:
         """What a sum of own contributions becomes before it leaves the gateway; asked once for each sum, in the worker.
