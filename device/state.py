@@ -537,3 +537,4 @@ class DeviceMachine(Machine[DeviceState]):
             assert self._plan.round > self.answer.round, "working on a plan that is answered"
         if self.state in working and self._plan is not None:
             assert self._plan.round > self._over, "working on a round that is over"
+            assert not self._cosigns.spoilt(self._plan.round, self._plan_hash), "working on a plan not cosigned"
