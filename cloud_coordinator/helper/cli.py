@@ -1,9 +1,10 @@
-"""``fleetfed-helper``: run a helper."""
+"""``fleetfed-helper``: run a helper, look at its status."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fleetfed.cloud_coordinator.helper.config import HelperConfig, load
+from fleetfed.cloud_coordinator.helper.status import read_status
 from fleetfed.shared.errors import ConfigError, StorageError
 from fleetfed.shared.files import locked
 from fleetfed.shared.telemetry import LEVELS, configure_logging
@@ -25,6 +27,7 @@ _EPILOG: Final = """\
 example:
   fleetfed keys issue h-two --role helper
   fleetfed-helper run --config helper.toml
+  fleetfed-helper status --config helper.toml --json
 
   with helper.toml:
     identity = "identities/h-two"
@@ -42,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         config = load(arguments.config)
+        if arguments.command == "status":
+            return _status(config, as_json=arguments.json)
         configure_logging("helper", arguments.log_level or config.log_level)
         # Two processes with one folder would answer twice in each other's name.
         with locked(config.state):
@@ -66,7 +71,25 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="serve until SIGTERM or SIGINT")
     run.add_argument("--config", type=Path, required=True, metavar="FILE", help="helper.toml")
     run.add_argument("--log-level", choices=LEVELS, help="instead of the file's log_level")
+    status = commands.add_parser("status", help="what the helper last wrote about itself")
+    status.add_argument("--config", type=Path, required=True, metavar="FILE", help="helper.toml")
+    status.add_argument("--json", action="store_true", help="as JSON, for programs")
     return parser
+
+
+def _status(config: HelperConfig, *, as_json: bool) -> int:
+    table = read_status(config.state)
+    if as_json:
+        print(json.dumps(table, indent=2, sort_keys=True))
+        return OK
+    width = max(map(len, table))
+    for key in sorted(table):
+        item = table[key]
+        text = (
+            ", ".join(f"{name} {value}" for name, value in item.items()) or "none" if isinstance(item, dict) else item
+        )
+        print(f"{key:<{width}}  {text}")
+    return OK
 
 
 async def _run(config: HelperConfig) -> int:

@@ -19,6 +19,7 @@ from fleetfed.cloud_coordinator.helper import events as ev
 from fleetfed.cloud_coordinator.helper.checks import Job, verify
 from fleetfed.cloud_coordinator.helper.config import HelperConfig
 from fleetfed.cloud_coordinator.helper.state import HelperMachine
+from fleetfed.cloud_coordinator.helper.status import Status, write_status
 from fleetfed.cloud_coordinator.helper.store import Store
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError, RejectReason, RemoteProtocolError
@@ -151,6 +152,27 @@ class Helper:
     def _close(self) -> None:
         self._thread.shutdown()
         self.store.close()
+        write_status(self.config.state, self.status())
+
+    def status(self) -> Status:
+        """What the helper is doing."""
+        current, answered = self.machine.current, self.machine.claims
+        return Status(
+            id=self.id,
+            software=software(),
+            updated=self.clock(),
+            connected=self._session.connected,
+            keys=len(self.machine.keys),
+            key_expires=current.expires if current else 0,
+            answered=len(answered),
+            round=max((claim.round for claim in answered), default=0),
+            rejected=self.counters.snapshot(),
+            trust=self.trust.status(self.clock()),
+        )
+
+    async def _save_status(self) -> None:
+        status = self.status()
+        await self._in_thread(lambda: write_status(self.config.state, status))
 
     async def _goodbye(self) -> None:
         try:
@@ -177,6 +199,7 @@ class Helper:
     async def _on_connect(self, session_present: bool) -> None:
         await self._publish(self._up(Verb.STATE), self._presence(Life.READY, since=self.clock()), retain=True)
         await self._feed(ev.Connected())
+        await self._save_status()
 
     async def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         try:
@@ -248,6 +271,7 @@ class Helper:
         finally:
             self._requests.pop(question, None)
             self._jobs.pop(question, None)
+        await self._save_status()
 
     # --- Instructions --------------------------------------------------------------------------------------------
 

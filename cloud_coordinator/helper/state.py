@@ -73,6 +73,11 @@ class HelperMachine(Machine[HelperState]):
         """The key of this signed message, None where it is not, or no longer, ours."""
         return next((key for key in self.keys if key.message == message), None)
 
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """What was answered with the keys that are left."""
+        return tuple(self._answers.values())
+
     def answered(self, round: int) -> frozenset[str]:
         """Gateways that got their masks for a round."""
         return frozenset(gateway for number, gateway in self._answers if number == round)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import signal
 import subprocess
@@ -199,7 +200,9 @@ async def inside(config: Path, clock: Callable[[], int] = unix_ms, **changes: An
         await task
 
 
-async def test_a_refusal_says_why_and_changes_nothing(world: tuple[Coordinator, Path]) -> None:
+async def test_a_refusal_says_why_and_changes_nothing(
+    world: tuple[Coordinator, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     coordinator, config = world
     async with inside(config) as helper:
         rnd = with_key(coordinator.fleet, config, await coordinator.key())
@@ -211,6 +214,12 @@ async def test_a_refusal_says_why_and_changes_nothing(world: tuple[Coordinator, 
         # A refusal is no answer: the right request still gets its masks.
         await coordinator.ask(rnd, rnd.request())
         assert (await coordinator.answers(2))[1][1].sums == (expected(coordinator.fleet, rnd, DEVICES),)
+    assert cli.main(["status", "--config", str(config), "--json"]) == cli.OK
+    status = json.loads(capsys.readouterr().out)
+    assert (status["role"], status["answered"], status["round"], status["keys"]) == ("helper", 1, 1, 1)
+    assert status["rejected"] == {"below_minimum": 1}
+    assert cli.main(["status", "--config", str(config)]) == cli.OK
+    assert "below_minimum 1" in capsys.readouterr().out
 
 
 async def test_revocations_are_heard_and_kept(world: tuple[Coordinator, Path]) -> None:
@@ -326,6 +335,12 @@ def test_a_damaged_state_is_exit_code_3(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "state" / "helper.db").write_bytes(b"nothing that SQLite knows" * 50)
     assert cli.main(["run", "--config", str(tmp_path / "helper.toml")]) == cli.BAD_STORAGE
     assert "helper.db" in capsys.readouterr().err
+
+
+def test_status_before_the_first_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "helper.toml").write_text(SHORT.format(port=1))
+    assert cli.main(["status", "--config", str(tmp_path / "helper.toml")]) == cli.BAD_CONFIG
+    assert "once the helper runs" in capsys.readouterr().err
 
 
 def test_unknown_settings_are_refused(tmp_path: Path) -> None:
