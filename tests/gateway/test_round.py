@@ -23,6 +23,7 @@ from fleetfed.shared.wire.topics import Kind
 
 FLEET = SignedFleet()
 PLAN, MESSAGE = FLEET.plan(1, tiers=2)
+MASKED, _ = FLEET.plan(1, tiers=2, split=FLEET.split(minimum_cohort=2))
 HASH = MESSAGE.head.hash
 
 
@@ -465,6 +466,8 @@ class Disk:
                     stored.reveal = Sent(name_of("reveal"), stored.commit.head)
                 case ev.StoreAnswered():
                     stored.answered = True
+                case ev.StoreAborted(reason=reason):
+                    stored.commit, stored.aborted, stored.answered = machine.record.commit, str(reason), True
                 case ev.SendStoredReceipt(member=member, message_id=message_id):
                     self.receipts.append((member, message_id))
                     if member.startswith("d"):
@@ -473,13 +476,14 @@ class Disk:
     def restart(self) -> RoundMachine:
         """A machine made of what is durable, and the sum of what it says belongs in it."""
         record = RoundRecord(
-            plan=PLAN,
+            plan=self.record.plan,
             hash=HASH,
             accepted=dict(self.record.accepted),
             children=dict(self.record.children),
             proposal=self.record.proposal,
             commit=self.record.commit,
             reveal=self.record.reveal,
+            aborted=self.record.aborted,
             answered=self.record.answered,
         )
         place = Place(gateway="g", direct=True, settled=0)
@@ -532,11 +536,13 @@ def sensible(events: list[Any]) -> list[Any]:
     return kept
 
 
-@settings(max_examples=300)
-@given(st.lists(st.sampled_from(EVENTS), max_size=40), st.randoms(use_true_random=False))
-def test_no_order_repetition_or_crash_changes_the_set_or_the_sum(events: list[Any], random: Any) -> None:
+@settings(max_examples=400)
+@given(
+    st.sampled_from([PLAN, MASKED]), st.lists(st.sampled_from(EVENTS), max_size=40), st.randoms(use_true_random=False)
+)
+def test_no_order_repetition_or_crash_changes_the_set_or_the_sum(plan: Plan, events: list[Any], random: Any) -> None:
     """Whatever comes first, once everything has arrived the first update of each device counts exactly once."""
-    disk = Disk()
+    disk = Disk(RoundRecord(plan=plan, hash=HASH))
     machine = disk.restart()
 
     def step(event: Any) -> None:
@@ -557,10 +563,14 @@ def test_no_order_repetition_or_crash_changes_the_set_or_the_sum(events: list[An
     everybody = frozenset(name_of(f"{name}/0") for name in (*DEVICES, "x", "y", "z"))
     expected = tuple(sorted([*(name_of(f"{name}/0").hex() for name in ("d0", "d1", "d3")), "g-1"]))
     assert set(disk.proposals) == {everybody}
+    assert len(set(disk.reveals)) <= 1, "one sum, ever"
     # A crash between the making and the storing of a reveal makes it again, of the same sum.
     if disk.record.commit is not None and disk.record.commit.head == FINAL.head:
         assert set(disk.reveals) == {expected}
         assert machine.state is RoundState.REVEALED
+    elif plan is MASKED:
+        assert machine.record.aborted == RejectReason.BELOW_MINIMUM, "the other commit is of one device"
+        assert disk.reveals == []
 
 
 # --- The gateway's machine -------------------------------------------------------------------------------------------
@@ -621,6 +631,14 @@ def test_an_expired_plan_is_not_opened() -> None:
     machine.handle(served(), T0)
     event = plan_event(1)
     assert machine.handle(event, event.plan.expires)[0].reason is RejectReason.EXPIRED
+    assert machine.state is GatewayState.IDLE
+
+
+def test_a_plan_whose_model_comes_after_its_expiry_is_not_opened() -> None:
+    machine = gateway()
+    event = plan_event(1)
+    machine.handle(event, T0)
+    assert [each.reason for each in machine.handle(served(), event.plan.expires)] == [RejectReason.EXPIRED]
     assert machine.state is GatewayState.IDLE
 
 

@@ -306,8 +306,9 @@ def lie(reveal: Reveal, index: int = 0, **changes: Any) -> Reveal:
         (lambda r: replace(r, buckets=r.buckets[:1]), RejectReason.OUT_OF_RANGE),
         (lambda r: replace(r, count=2, buckets=r.buckets[:1]), RejectReason.OUT_OF_RANGE),
         (lambda r: replace(r, buckets=r.buckets * 3), RejectReason.TOO_LARGE),
+        (lambda r: lie(r, site="north"), RejectReason.WRONG_SITE),
     ],
-    ids=["words", "short", "long", "one", "count", "half", "fewer", "many"],
+    ids=["words", "short", "long", "one", "count", "half", "fewer", "many", "ours"],
 )
 async def test_buckets_from_below_that_do_not_fit(tiers: TwoTiers, change: Any, reason: RejectReason) -> None:
     tiers.top.fleet.sizes = (600, 4)
