@@ -30,7 +30,7 @@ class Seals:
         self._store = store
         self._randomness = randomness
         # A process before us may have died between the deletion and the emptying of the log.
-        self._dirty = True
+        self._due = True
 
     def make(self) -> SealSecret:
         """A fresh secret, stored nowhere yet."""
@@ -57,11 +57,17 @@ class Seals:
     def destroy(self, *, but: int = 0) -> None:
         """Delete every secret, or all but that of round ``but``; `wipe` follows once that is durable."""
         if self._store.drop_seals(but=but):
-            self._dirty = True
+            self._due = True
 
     def wipe(self) -> None:
-        """Leave no trace of deleted secrets; to be called outside of any transaction, does nothing twice."""
-        if self._dirty:
-            self._dirty = not self._store.wipe()
-            if self._dirty:
-                _log.warning("the database's log could not be emptied, another program reads it; tried again later")
+        """Leave no trace of deleted secrets; to be called outside of any transaction, does nothing twice.
+
+        Whatever keeps the log from being emptied now, the next end of a round, or start, tries it again.
+        """
+        if self._due:
+            self._due = False
+            if not self._store.wipe():
+                _log.warning(
+                    "another program reads the database, so its log still holds the secret of the round that ended; "
+                    "close that program: the log is emptied when the next round ends, or at the next start"
+                )

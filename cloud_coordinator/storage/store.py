@@ -61,12 +61,17 @@ _BATCH: Final = 500
 """Ids per query: PostgreSQL and SQLite both bound the parameters of a statement."""
 
 
+_BUSY: Final = 5_000
+_BUSY_SHORT: Final = 200
+"""Milliseconds to wait for another program that uses the database."""
+
+
 def _sqlite_settings(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")
     # FULL syncs the log at every commit: accept means durable.
     cursor.execute("PRAGMA synchronous=FULL")
-    cursor.execute("PRAGMA busy_timeout=5000")
+    cursor.execute(f"PRAGMA busy_timeout={_BUSY}")
     # What is deleted is overwritten: see `wipe`.
     cursor.execute("PRAGMA secure_delete=ON")
     cursor.close()
@@ -356,7 +361,10 @@ class Store:
         if self._engine.dialect.name != "sqlite":
             return True
         try:
+            # Nobody waits long for a reader: the caller tries again another time.
+            self._connection.exec_driver_sql(f"PRAGMA busy_timeout={_BUSY_SHORT}")
             busy = self._connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar_one()
+            self._connection.exec_driver_sql(f"PRAGMA busy_timeout={_BUSY}")
             self._connection.rollback()
         except DBAPIError as error:
             raise StorageError(f"database: {error.orig}") from error

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
-from fleetfed.shared.trust.certificates import Certificate, Role, issue
+from fleetfed.shared.trust.certificates import Certificate, Role, claimed_site, issue
 from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.keys import SigningKey
 from fleetfed.shared.trust.signer import Signer
@@ -183,3 +183,10 @@ def test_a_large_body_is_compressed_and_opens_to_what_was_signed() -> None:
     assert head.header.compressed
     assert head.header.body_size < head.header.raw_size / 5
     assert len(open_body(head.header, data[head.size :])) == head.header.raw_size
+
+
+@given(st.binary(max_size=600))
+def test_the_site_that_a_certificate_claims_is_read_whatever_the_bytes(data: bytes) -> None:
+    assert claimed_site(identity().encoded_certificate) == "north"
+    site = claimed_site(data)
+    assert site is None or len(site) <= 255

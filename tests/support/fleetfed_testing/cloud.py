@@ -167,7 +167,7 @@ def contribution_of(device: str, ring: Ring, *, seed: int = 0) -> tuple[Values, 
     return values, meta
 
 
-def extension_of(plan: Plan, plan_hash: Digest, ring: Ring, **changes: Any) -> UpdateExtension:
+def extension_of(plan: Plan, plan_hash: Digest, ring: Ring, /, **changes: Any) -> UpdateExtension:
     """The extension of a right update, less what ``changes`` say."""
     fields: dict[str, Any] = {
         "bits": plan.quantization.bits,
