@@ -27,6 +27,7 @@ from typing import Any, Final, TextIO
 from fleetfed.broker.config import BrokerConfig
 from fleetfed.broker.render import render_acl
 from fleetfed.cloud_coordinator.demo.topology import DevicePlace, GatewayPlace, Topology
+from fleetfed.cloud_coordinator.keys.equip import make_trust
 from fleetfed.cloud_coordinator.keys.inventory import inventory_of
 from fleetfed.cloud_coordinator.keys.keyring import Keyring, MemberRole, NewMember
 from fleetfed.shared.errors import ConfigError
@@ -131,7 +132,7 @@ class Folder:
 
 
 def make_keys(folder: Folder, topology: Topology, *, now: int, helper: bool = False) -> Keyring:
-    """Make the authority and all identities of a fleet."""
+    """Make the authority, all identities and the trust metadata of a fleet."""
     keyring = Keyring.create(folder.keys, FLEET, now=now)
     members = [
         NewMember(id=BROKER, role=MemberRole.BROKER, hosts=(HOST, "localhost")),
@@ -146,6 +147,7 @@ def make_keys(folder: Folder, topology: Topology, *, now: int, helper: bool = Fa
         *(NewMember(id=place.id, role=MemberRole.DEVICE, site=place.site) for place in topology.devices),
     ]
     keyring.issue(members, now=now)
+    make_trust(keyring, now=now)
     return keyring
 
 
