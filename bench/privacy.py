@@ -123,7 +123,7 @@ def plan_of(fleet: Fleet, settings: PrivacySettings, norm: float) -> Plan:
     sizes = tuple(slot.size for slot in fleet.card.tensors)
     privacy = privacy_of(settings, sum(sizes))
     cohort = fleet.setting.cohort
-    skellam = settings.mechanism is Mechanism.SKELLAM
+    split = settings.mechanism in (Mechanism.SKELLAM, Mechanism.SPLIT_CENTRAL)
     return Plan(
         round=1,
         model_version=1,
@@ -133,8 +133,8 @@ def plan_of(fleet: Fleet, settings: PrivacySettings, norm: float) -> Plan:
             settings, privacy, dimension=sum(sizes), tensors=len(sizes), cohort_cap=cohort, norm=norm
         ),
         quorum=Quorum(cohort_cap=cohort),
-        mode=Mode.SPLIT if skellam else Mode.PLAIN,
-        split=Split(seal_key=bytes(32), minimum_cohort=settings.honest) if skellam else None,
+        mode=Mode.SPLIT if split else Mode.PLAIN,
+        split=Split(seal_key=bytes(32), minimum_cohort=max(settings.honest, 2)) if split else None,
         weighting=Weighting.UNIFORM,
         opened=1,
         deadline=2,

@@ -140,9 +140,9 @@ class RoundSettings:
             raise ConfigError("privacy needs weighting = 'uniform': a weight says how much data a device has")
         if self.error_feedback:
             raise ConfigError("privacy does not go with error_feedback: what a clip cut off would come back")
+        if privacy.mechanism in (Mechanism.SKELLAM, Mechanism.SPLIT_CENTRAL) and self.mode is not Mode.SPLIT:
+            raise ConfigError(f"the mechanism {privacy.mechanism} is for split mode: set mode = 'split'")
         if privacy.mechanism is Mechanism.SKELLAM:
-            if self.mode is not Mode.SPLIT:
-                raise ConfigError("the mechanism skellam is for split mode: set mode = 'split'")
             if privacy.honest > self.minimum_cohort:
                 raise ConfigError(
                     f"privacy.honest {privacy.honest} is more than minimum_cohort {self.minimum_cohort}: a sum of so "

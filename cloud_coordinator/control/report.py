@@ -13,7 +13,7 @@ from fleetfed.cloud_coordinator.state import CoordinatorMachine
 from fleetfed.cloud_coordinator.storage.records import ExchangeRecord, RoundRecord, VersionRecord
 from fleetfed.shared.aggregate.meta import MetaSum
 from fleetfed.shared.wire import limits
-from fleetfed.shared.wire.messages import Outcome, Status
+from fleetfed.shared.wire.messages import Mode, Outcome, Status
 
 HISTORY: Final = 50
 """Rounds that the status carries: each subscriber gets all of them with every change."""
@@ -63,6 +63,11 @@ def round_report(
     return found
 
 
+def sizes_tell(record: RoundRecord) -> bool:
+    """Whether the sizes of a round's updates are part of what is private: compressed bodies, in plain mode."""
+    return PRIVACY in record.report and record.report.get("mode") != Mode.SPLIT.value
+
+
 def privacy_metrics(record: RoundRecord) -> dict[str, float]:
     """What all private rounds up to this one cost any device at most; empty for a round without privacy."""
     promise = record.report.get(PRIVACY)
@@ -99,7 +104,7 @@ def committed_round(
         version=made.version,
         participants=meta.count,
         weight=meta.weight,
-        update_bytes=sum(member.size for member in members),
+        update_bytes=0 if sizes_tell(before) else sum(member.size for member in members),
         patch_bytes=0 if made.patch_ref is None else made.patch_ref.size,
         accuracy=made.metrics.get("accuracy", made.metrics.get("holdout_accuracy")),
         report=before.report | round_report(exchanges, meta, made.metrics),

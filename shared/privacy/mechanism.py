@@ -97,11 +97,12 @@ def check_privacy(plan: Plan) -> None:
     if plan.defence is not None and (plan.defence.rule is not Rule.SUM or plan.defence.outlier_score):
         raise ValueError("a defence leaves devices out because of what others say, which no noise covers")
     unrounded_norm(privacy.clip, plan.dimension)
-    if privacy.mechanism is Mechanism.SKELLAM:
-        if plan.split is None or plan.mode is not Mode.SPLIT:
-            raise ValueError("noise that devices add protects little where their gateway reads each update")
-        if not 2 <= privacy.honest <= plan.split.minimum_cohort:
-            raise ValueError(f"{privacy.honest} honest devices in sums of {plan.split.minimum_cohort} and more")
+    split = plan.split if plan.mode is Mode.SPLIT else None
+    if privacy.mechanism in (Mechanism.SKELLAM, Mechanism.SPLIT_CENTRAL) and split is None:
+        # In plain mode the gateway reads each update, and the coordinator its size, which depends on the data.
+        raise ValueError(f"the mechanism {privacy.mechanism} keeps its word in split mode only")
+    if privacy.mechanism is Mechanism.SKELLAM and split is not None and not 2 <= privacy.honest <= split.minimum_cohort:
+        raise ValueError(f"{privacy.honest} honest devices in sums of {split.minimum_cohort} and more")
     if privacy.mechanism is Mechanism.MATRIX:
         if privacy.band > privacy.min_separation:
             raise ValueError(f"{privacy.band} bands for devices that keep {privacy.min_separation} rounds apart")

@@ -104,6 +104,8 @@ async def test_a_version_holds_the_noise_and_says_what_it_promises(tmp_path: Pat
     status = (await world.ask(Command.ROUND_STATUS)).result
     assert status["privacy"]["noise_multiplier"] == 20.0
     assert status["history"][-1]["epsilon"] == pytest.approx(manifest.metrics["epsilon"])
+    # How well an update compresses depends on it.
+    assert status["history"][-1]["update_bytes_total"] == 0
     assert not {"examples", "clipped", "training_loss"} & set(status["history"][-1])
     await world.close()
 
@@ -231,6 +233,7 @@ async def test_without_the_library_rounds_pause_and_say_why(tmp_path: Path, monk
         ({"weighting": Weighting.EXAMPLES}, "uniform"),
         ({"error_feedback": True}, "error_feedback"),
         ({"privacy": PrivacySettings(mechanism=Mechanism.SKELLAM, honest=4)}, "split"),
+        ({"privacy": PrivacySettings(mechanism=Mechanism.SPLIT_CENTRAL)}, "split"),
         (
             {
                 "privacy": PrivacySettings(mechanism=Mechanism.SKELLAM, honest=9),

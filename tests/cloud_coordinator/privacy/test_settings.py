@@ -34,12 +34,15 @@ EXTRA: dict[Mechanism, dict[str, Any]] = {
 }
 
 
+SPLIT = (Mechanism.SKELLAM, Mechanism.SPLIT_CENTRAL)
+
+
 def plan_of(settings: PrivacySettings, *, sizes: tuple[int, ...] = (3000, 62), cohort: int = 100) -> Plan:
     privacy = privacy_of(settings, sum(sizes))
     quantization = quantization_of(
         settings, privacy, dimension=sum(sizes), tensors=len(sizes), cohort_cap=cohort, norm=settings.clip
     )
-    split = Split(seal_key=bytes(32), minimum_cohort=25) if settings.mechanism is Mechanism.SKELLAM else None
+    split = Split(seal_key=bytes(32), minimum_cohort=25) if settings.mechanism in SPLIT else None
     return Plan(
         round=1,
         model_version=1,

@@ -48,7 +48,7 @@ def privacy(mechanism: Mechanism = Mechanism.CENTRAL, **given: Any) -> Privacy:
 def plan_of(private: Privacy, *, cohort: int = 50, **given: Any) -> Plan:
     noise = ring_noise(private)
     assert noise is not None
-    split = SPLIT if private.mechanism is Mechanism.SKELLAM else None
+    split = SPLIT if private.mechanism in (Mechanism.SKELLAM, Mechanism.SPLIT_CENTRAL) else None
     defaults: dict[str, Any] = {
         "quantization": Quantization(
             bits=8,
@@ -187,10 +187,14 @@ def test_a_claim_beyond_what_the_noise_explains_is_refused() -> None:
         ({"privacy": privacy(band=4, min_separation=4)}, "bands"),
         ({"privacy": privacy(Mechanism.MATRIX, band=4)}, "apart"),
         ({"privacy": privacy(Mechanism.MATRIX, flag_noise=5.0)}, "fixed clip"),
-        ({"privacy": privacy(Mechanism.SKELLAM)}, "their gateway reads"),
+        ({"privacy": privacy(Mechanism.SKELLAM)}, "split mode only"),
+        ({"privacy": privacy(Mechanism.SPLIT_CENTRAL)}, "split mode only"),
         ({"privacy": privacy(Mechanism.SKELLAM, honest=11), "mode": Mode.SPLIT, "split": SPLIT}, "honest"),
         ({"privacy": privacy(Mechanism.SKELLAM, honest=1), "mode": Mode.SPLIT, "split": SPLIT}, "honest"),
-        ({"privacy": privacy(Mechanism.SPLIT_CENTRAL, clip=30_000.0)}, "cohort"),
+        (
+            {"privacy": privacy(Mechanism.SPLIT_CENTRAL, clip=30_000.0), "mode": Mode.SPLIT, "split": SPLIT},
+            "cohort",
+        ),
     ],
 )
 def test_a_plan_that_cannot_keep_its_word_is_refused(change: dict[str, Any], says: str) -> None:
