@@ -268,8 +268,11 @@ def world_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_runtime, "DeviceSession", FakeSession)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize("lossy", [False, True])
+@pytest.mark.parametrize(
+    ("lossy", "masked"),
+    [(False, False), (True, False), pytest.param(False, True, marks=pytest.mark.slow), (True, True)],
+    ids=["plain", "plain, names lost", "masked", "masked, names lost"],
+)
 def test_death_at_every_step(tmp_path: Path, lossy: bool, masked: bool) -> None:
     whole = live(tmp_path / "whole", -1, lossy=lossy, masked=masked)
     assert whole.deaths == 1
