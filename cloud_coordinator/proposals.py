@@ -15,7 +15,7 @@ from fleetfed.shared.trust.certificates import claimed_site
 from fleetfed.shared.trust.verifier import Verifier
 from fleetfed.shared.wire.envelope import Digest, MessageKind, digest, parse_head
 from fleetfed.shared.wire.messages import Plan, Proposal
-from fleetfed.shared.wire.selection import takes
+from fleetfed.shared.wire.selection import check_taken
 from fleetfed.shared.wire.update import PLAIN, UpdateExtension
 
 THREAD_FROM: Final = 64
@@ -135,8 +135,7 @@ def verify_head(raw: bytes, *, current: PlanInForce, verifier: Verifier, now: in
         seeds.check_shape(head, extension, plan.split, n_words=layout.n_words)
     elif (extension.mode, extension.suite, extension.boxes) != (PLAIN, 0, ()):
         raise RemoteProtocolError(RejectReason.WRONG_SHAPE, f"mode {extension.mode} where the plan is plain")
-    if not takes(current.hash, certificate.id, plan.eligibility):
-        raise RemoteProtocolError(RejectReason.NOT_SELECTED, certificate.id)
+    check_taken(current.hash, certificate.id, plan.eligibility)
     seed = b""
     if plan.split is not None:
         if current.secret is None:

@@ -30,7 +30,7 @@ from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.machine import Edge, Machine, TimerFired
 from fleetfed.shared.wire.envelope import Digest, Head, MessageId
 from fleetfed.shared.wire.messages import Life
-from fleetfed.shared.wire.selection import takes
+from fleetfed.shared.wire.selection import check_taken, takes
 from fleetfed.shared.wire.topics import Kind
 from fleetfed.shared.wire.update import UpdateExtension
 
@@ -135,8 +135,7 @@ class RoundMachine(Machine[RoundState]):
         self.rules.check_update(header, extension)
         if extension.model_sha256 != plan.model_sha256:
             raise RemoteProtocolError(RejectReason.WRONG_MODEL)
-        if not self._selected(device):
-            raise RemoteProtocolError(RejectReason.NOT_SELECTED)
+        check_taken(self.record.hash, device, plan.eligibility)
         old = self.record.accepted.get(device)
         if old is not None and (old.message_id, old.head) == (header.message_id, head.hash):
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.wire.envelope import Digest, digest
 from fleetfed.shared.wire.messages import Eligibility
 
@@ -29,3 +30,15 @@ def takes(plan: Digest, device: str, eligibility: Eligibility) -> bool:
         eligibility: the plan's.
     """
     return device not in eligibility.quarantined and selected(plan, device, eligibility.fraction)
+
+
+def check_taken(plan: Digest, device: str, eligibility: Eligibility) -> None:
+    """Refuse whom a round does not take; arguments as for `takes`.
+
+    Raises:
+        RemoteProtocolError: `QUARANTINED` or `NOT_SELECTED`.
+    """
+    if device in eligibility.quarantined:
+        raise RemoteProtocolError(RejectReason.QUARANTINED, device)
+    if not selected(plan, device, eligibility.fraction):
+        raise RemoteProtocolError(RejectReason.NOT_SELECTED, device)
