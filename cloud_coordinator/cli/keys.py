@@ -109,6 +109,7 @@ def init(fleet: str, root_keys: tuple[int, int], targets_keys: tuple[int, int], 
         "fleetfed keys issue d --role device --site north --count 50",
         "fleetfed keys issue --csv fleet.csv --role device",
         "fleetfed keys issue broker --role broker --host mqtt.example.org",
+        "fleetfed keys issue h-two --role helper",
     )
 )
 @click.argument("member", required=False, metavar="[ID]")

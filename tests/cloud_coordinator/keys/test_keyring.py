@@ -259,6 +259,17 @@ def test_an_enroller_has_a_server_certificate_and_its_key_is_pinned_in_what_is_i
     assert len(keyring.authorities()) == 1
 
 
+def test_a_helper_is_a_member_of_the_clouds_site(keyring: Keyring) -> None:
+    members = [NewMember(id="c", role=MemberRole.COORDINATOR), NewMember(id="h-two", role=MemberRole.HELPER)]
+    keyring.issue(members, now=unix_ms())
+    certificate = Identity.load(keyring.identity_folder("h-two"), role=Role.HELPER).certificate
+    assert (certificate.role, certificate.site) == (Role.HELPER, "_")
+    acl = parse_acl(render_acl(inventory_of(keyring)))
+    assert acl.allows(Access.WRITE, "ff1/demo/_/h/h-two/up/key", username="h-two", client_id="h-two")
+    keyring.revoke(["h-two"], now=unix_ms())
+    assert "h-two" not in inventory_of(keyring).members
+
+
 def listed(keyring: Keyring) -> Revocations:
     message = keyring.revocations()
     assert message is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -97,3 +99,15 @@ def test_words_are_uniform() -> None:
         assert 255 - 5 * 22.6 < chi_square < 255 + 5 * 22.6
     ones = np.array([int(((stream(KEY, words) >> np.uint64(bit)) & np.uint64(1)).sum()) for bit in range(64)])
     assert (abs(ones - words / 2) < 5 * math.sqrt(words) / 2).all()
+
+
+def test_openssl_is_loaded_by_whoever_masks_and_by_nobody_else() -> None:
+    """In a process of its own: this one has loaded everything already."""
+    code = (
+        "import sys, numpy, fleetfed.shared.secure.split, fleetfed.shared.secure.prg as prg\n"
+        "print('cryptography' in sys.modules)\n"
+        "prg.add_mask(numpy.zeros(4, dtype=numpy.uint64), bytes(32))\n"
+        "print('cryptography' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
