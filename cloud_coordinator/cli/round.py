@@ -43,7 +43,7 @@ def round_() -> None:
 @click.option("--minimum-cohort", type=click.IntRange(2), help="split: fewest devices in any sum that is revealed.")
 @click.option("--minimum-owners", type=click.IntRange(1), help="split: fewest owners of a site's devices.")
 @click.option(
-    "--bucket", type=click.IntRange(0), help="split: devices in each of several sums; 0 for one sum per site."
+    "--bucket", type=click.IntRange(0), help="split: devices in each of several sums per site; 0 for one sum."
 )
 @click.option("--seed-holders", type=click.IntRange(1, 2), help="split: 2 needs the helper as well.")
 @click.option(
