@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from fleetfed_testing.helper_round import COMMIT_NONCE, GATEWAY_NONCE, HelperRound, question
 from fleetfed_testing.signed_fleet import SignedFleet
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fleetfed.cloud_coordinator.helper.checks import Job, verify
 from fleetfed.cloud_coordinator.helper.events import Key
@@ -470,3 +472,49 @@ def test_every_bit_of_what_was_signed_counts(bench: Bench) -> None:
             changed[at] ^= 1
             with pytest.raises(RemoteProtocolError):
                 bench.verify(rnd, replace(request, **{name: bytes(changed)}))
+
+
+# --- All rules at once -----------------------------------------------------------------------------------------------
+
+NORTH, SOUTH = tuple(f"d-n{i}" for i in range(7)), tuple(f"d-s{i}" for i in range(5))
+
+
+@pytest.fixture(scope="module")
+def crowd() -> tuple[Bench, HelperRound]:
+    """Two sites and three owners, in a round that wants three members of two owners."""
+    bench = Bench()
+    bench.fleet.owners = {name: f"owner-{index % 3}" for index, name in enumerate(NORTH + SOUTH)}
+    rnd = HelperRound.of(bench.fleet, split={"minimum_cohort": 3, "minimum_owners": 2, "bucket": 3})
+    rnd.add(*NORTH)
+    rnd.add(*SOUTH, site="south")
+    return bench, rnd
+
+
+@settings(max_examples=150, deadline=None)
+@given(members=st.sets(st.sampled_from(NORTH + SOUTH), min_size=1), hidden=st.sets(st.sampled_from(NORTH + SOUTH)))
+def test_masks_are_given_exactly_where_every_site_keeps_every_rule(
+    crowd: tuple[Bench, HelperRound], members: set[str], hidden: set[str]
+) -> None:
+    bench, rnd = crowd
+    proposed = [name for name in rnd.updates if name in members or name not in hidden]
+    allowed = True
+    for site in (NORTH, SOUTH):
+        own, out = [n for n in site if n in members], [n for n in site if n in proposed and n not in members]
+        owners = {bench.fleet.owners[name] for name in own}
+        if own:
+            allowed &= len(own) >= 3 and len(owners) >= 2 and not (len(out) > 2 and 20 * len(out) > len(own) + len(out))
+    chosen = [name for name in rnd.updates if name in members]
+    proposal = rnd.proposal(devices=proposed)
+    sites = {bench.fleet.signer(name).certificate.site for name in chosen}
+    request = rnd.ask(proposal, rnd.commit(proposal, chosen), nonces=dict.fromkeys(sites, GATEWAY_NONCE))
+    try:
+        job = bench.verify(rnd, request)
+    except RemoteProtocolError:
+        assert not allowed
+        return
+    assert allowed
+    assert all(len(keys) >= 3 for keys in job.sums)
+    total = bench.fleet.ring.layout.zeros()
+    for part in job.add_up():
+        total += np.frombuffer(part, dtype="<u8")
+    assert total.tolist() == masks(bench, rnd, chosen)
