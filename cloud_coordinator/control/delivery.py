@@ -52,3 +52,18 @@ def deliver_list(operator: Path | None, signed: bytes, *, again: str) -> tuple[b
         # The list is signed and safe on disk; only its delivery is left.
         return False, f"Not delivered yet: {error}. When it can be reached: {again}"
     return True, "The coordinator has the new list and publishes it to every site."
+
+
+def deliver_bundle(operator: Path, bundle: bytes) -> None:
+    """Hand a part of the trust metadata to the coordinator, which signs it as current and publishes it.
+
+    Raises:
+        NoAnswerError: nobody answered.
+        RefusedError: the coordinator will not take it.
+    """
+
+    async def send() -> None:
+        async with ControlClient(OperatorConfig.load(operator)) as client:
+            await client.request(Command.KEYS_PUBLISH, {"bundle": bundle})
+
+    asyncio.run(send())

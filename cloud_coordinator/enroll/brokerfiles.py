@@ -25,6 +25,7 @@ from fleetfed.broker.render import Inventory, Member, load_inventory, render_acl
 from fleetfed.cloud_coordinator.enroll.config import BrokerFiles
 from fleetfed.cloud_coordinator.enroll.enroller import Enroller
 from fleetfed.cloud_coordinator.enroll.x509 import next_update
+from fleetfed.cloud_coordinator.keys.equip import owners_of
 from fleetfed.cloud_coordinator.keys.inventory import inventory_of
 from fleetfed.cloud_coordinator.keys.keyring import Keyring
 from fleetfed.cloud_coordinator.keys.pki import Listener
@@ -38,6 +39,8 @@ INVENTORY: Final = "inventory.toml"
 BUNDLE: Final = "bundle-site.crt"
 CRL: Final = "crl-site.pem"
 REVOCATIONS: Final = "revocations.bin"
+OWNERS: Final = "bundle.bin"
+"""The owners' part of the trust metadata."""
 CURRENT: Final = "current"
 _WARN: Final = timedelta(days=14)
 _PATIENCE: Final = 60
@@ -59,6 +62,9 @@ def import_authority(keyring: Keyring, directory: Path) -> list[Path]:
     signed = keyring.revocations()
     if signed is not None:
         files[REVOCATIONS] = signed
+    owners = owners_of(keyring)
+    if owners is not None:
+        files[OWNERS] = owners.bundle()
     for name, data in files.items():
         write_atomic(directory / name, data)
     return [directory / name for name in files]

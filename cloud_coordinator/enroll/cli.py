@@ -16,8 +16,9 @@ from fleetfed.cloud_coordinator.cli import app, output
 from fleetfed.cloud_coordinator.enroll.cli_log import log
 from fleetfed.cloud_coordinator.enroll.cli_token import token
 from fleetfed.cloud_coordinator.enroll.config import SETTINGS
-from fleetfed.cloud_coordinator.enroll.enroller import Enroller, verified_list
+from fleetfed.cloud_coordinator.enroll.enroller import Enroller
 from fleetfed.cloud_coordinator.enroll.folder import dir_option, open_enroller, settings_of
+from fleetfed.cloud_coordinator.enroll.lists import verified_list
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError, RemoteProtocolError
 from fleetfed.shared.files import write_atomic
@@ -301,6 +302,53 @@ def list_(owner: str | None, site: str | None, directory: Path, as_json: bool) -
 
 def _spent(rounds: int) -> str:
     return "all" if rounds >= SPENT_ALL else str(rounds)
+
+
+@cli.command(
+    epilog=output.example(
+        "fleetfed-enroll publish --config operator.toml", "fleetfed-enroll publish --file bundle.bin --days 7"
+    )
+)
+@click.option(
+    "--config",
+    "-c",
+    "operator",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="FLEETFED_CONFIG",
+    help="operator.toml; to hand it to the coordinator.",
+)
+@click.option("--file", "out", type=click.Path(path_type=Path, dir_okay=False), help="Write it to a file instead.")
+@click.option("--days", type=click.IntRange(1, 366), default=7, show_default=True, help="Validity.")
+@dir_option
+@output.json_option
+def publish(operator: Path | None, out: Path | None, days: int, directory: Path, as_json: bool) -> None:
+    """Sign the log's head and the newest revocations for the fleet's trust metadata, and hand it to the coordinator.
+
+    Run it from a timer: once a fleet has had this, it stops when it ends.
+    """
+    from fleetfed.cloud_coordinator.control.delivery import deliver_bundle
+    from fleetfed.cloud_coordinator.enroll.brokerfiles import OWNERS
+    from fleetfed.cloud_coordinator.enroll.directory import sign_directory
+
+    if (operator is None) == (out is None):
+        raise click.UsageError("give either --config operator.toml or --file FILE")
+    settings = settings_of(directory)
+    enroller = Enroller.open(settings)
+    try:
+        bundle = sign_directory(enroller, settings.authority / OWNERS, now=unix_ms(), days=days)
+        said = enroller.directory()
+    finally:
+        enroller.close()
+    if out is not None:
+        write_atomic(out, bundle)
+    else:
+        assert operator is not None
+        deliver_bundle(operator, bundle)
+    if as_json:
+        output.print_json({"size": said.size, "root": said.root, "revocations": said.revocations, "file": out})
+        return
+    where = f"is in {out}" if out is not None else "is in force"
+    print(f"The log of {said.size} entries, revocations {said.revocations}, {where}; good for {days} days.")
 
 
 @cli.command(epilog=output.example("fleetfed-enroll pin --key 3b6a… keys/identities/coordinator /srv/gateway/identity"))

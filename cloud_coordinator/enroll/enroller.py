@@ -20,13 +20,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from fleetfed.cloud_coordinator.enroll.config import EnrollConfig
+from fleetfed.cloud_coordinator.enroll.lists import list_of
 from fleetfed.cloud_coordinator.enroll.store import Device, Issued, Store, Token
 from fleetfed.cloud_coordinator.enroll.x509 import DeviceCa, DeviceKey, Revoked, pem_of, read_request
-from fleetfed.shared.errors import ConfigError, LocalProtocolError, RejectReason, RemoteProtocolError, StorageError
+from fleetfed.shared.errors import ConfigError, LocalProtocolError, RejectReason, RemoteProtocolError
 from fleetfed.shared.trust import certificates, enrolment
 from fleetfed.shared.trust.certificates import SERIALS, Certificate, Role
 from fleetfed.shared.trust.enrolment import ANSWER, HEAD, REQUEST, Sealed
@@ -44,7 +44,7 @@ from fleetfed.shared.wire.enrolment import (
     Purpose,
     TreeHead,
 )
-from fleetfed.shared.wire.envelope import MessageKind, key_id, open_body, parse_head
+from fleetfed.shared.wire.envelope import MessageKind, key_id
 from fleetfed.shared.wire.limits import MAX_REVOKED
 from fleetfed.shared.wire.messages import Revocations
 from fleetfed.shared.wire.topics import CLOUD_SITE, check_id
@@ -417,16 +417,16 @@ class Enroller:
             return own
         if len(serials) > MAX_REVOKED:
             raise ConfigError(f"{len(serials)} revoked serials: a list holds {MAX_REVOKED}")
-        signer = self.identity.signer(sequence=self._sequence, randomness=self._randomness)
+        signer = self.identity.signer(sequence=lambda: self._count("sequence"), randomness=self._randomness)
         message = signer.sign(
             MessageKind.REVOCATIONS, Revocations(version=newest + 1, serials=serials), now=now
         ).encode()
         self._store.put_fact("revocations", message)
         return message
 
-    def _sequence(self) -> int:
-        number = int(self._store.fact("sequence") or b"0") + 1
-        self._store.put_fact("sequence", str(number).encode())
+    def _count(self, name: str) -> int:
+        number = int(self._store.fact(name) or b"0") + 1
+        self._store.put_fact(name, str(number).encode())
         return number
 
     def crl(self, *, now: int, days: int = CRL_DAYS) -> bytes:
@@ -469,6 +469,11 @@ class Enroller:
         with self._writing():
             return Directory(size=len(self._tree), root=self._tree.root(), revocations=self._version())
 
+    def next_directory(self) -> int:
+        """The version of the next signed directory; never the same twice."""
+        with self._writing():
+            return self._count("directory")
+
     def tidy(self, *, now: int) -> None:
         """Forget answers that are of no use to anybody any more."""
         with self._writing():
@@ -508,35 +513,3 @@ class Enroller:
             fleet=self._fleet, size=len(self._tree), root=self._tree.root(), at=now, revocations=self._version()
         )
         return HEAD.close(head, self.identity.key)
-
-
-def list_of(message: bytes) -> Revocations:
-    """The list in a message that was verified before.
-
-    Raises:
-        StorageError: it is damaged.
-    """
-    try:
-        head = parse_head(message)
-        raw = open_body(head.header, memoryview(message)[head.size :])
-        return codec.decode(Revocations, raw, limit=len(raw))
-    except RemoteProtocolError as error:
-        raise StorageError(f"a kept revocation list is damaged: {error}") from error
-
-
-def verified_list(path: Path, identity: Identity, *, now: int) -> Revocations | None:
-    """The authority's revocation list in a file; None where there is no file.
-
-    Raises:
-        ConfigError: it is not the authority's.
-    """
-    try:
-        message = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    verifier = identity.verifier()
-    try:
-        verifier.restore(message, now=now)
-    except RemoteProtocolError as error:
-        raise ConfigError(f"{path}: {error}; copy it again from the authority's folder") from error
-    return verifier.revocations

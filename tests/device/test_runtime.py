@@ -24,6 +24,7 @@ from fleetfed_testing.lone_gateway import Authority, LoneGateway, manifest_of, p
 from fleetfed.cloud_coordinator import zoo
 from fleetfed.cloud_coordinator.keys.pki import Role as TlsRole
 from fleetfed.device import config
+from fleetfed.device.renewal import Renewed
 from fleetfed.device.runtime import DeviceRuntime
 from fleetfed.device.store import Store
 from fleetfed.device.trainer import Trained, Trainer, make_trainer
@@ -35,7 +36,7 @@ from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.model.patch import make_patch
-from fleetfed.shared.trust.certificates import Role
+from fleetfed.shared.trust.certificates import Role, issue
 from fleetfed.shared.wire.blobs import Publishable, publishable
 from fleetfed.shared.wire.envelope import Head, MessageKind
 from fleetfed.shared.wire.masking import SealKey
@@ -98,6 +99,7 @@ class Site:
         runtime = DeviceRuntime(
             settings, self.device, Store(settings.state), trainer or make_trainer(settings), software="test"
         )
+        self.runtime = runtime
         failures: list[BaseException] = []
 
         def run() -> None:
@@ -385,6 +387,30 @@ def test_a_broker_that_goes_away_and_comes_back(site: Site) -> None:
     site.broker.restart()
     site.update(2)
     assert site.gateway.messages[0] == site.gateway.messages[1]
+
+
+def test_a_new_certificate_is_taken_and_what_was_sent_under_the_old_one_still_counts(site: Site) -> None:
+    site.gateway.receipts = "silent"
+    site.thread()
+    site.publish_model()
+    site.next_plan()
+    site.update(1)
+    old = site.device
+    certificate = dataclasses.replace(old.certificate, serial=old.certificate.serial + 1000)
+    renewed = dataclasses.replace(
+        old, certificate=certificate, encoded_certificate=issue(certificate, site.authority.key)
+    )
+    site.runtime._inbox.put(Renewed(renewed))
+    site.gateway.receipts = None
+    site.broker.restart()
+    # The update in flight is the same message, with the certificate that it was signed with.
+    site.update(2)
+    assert site.gateway.messages[0] == site.gateway.messages[1]
+    site.wait_status(lambda s: s["rounds"][0]["outcome"] == "accepted")
+    site.next_plan()
+    head, _ = site.update(3)
+    assert head.certificate == renewed.encoded_certificate
+    site.wait_status(lambda s: s["rounds"][1]["outcome"] == "accepted")
 
 
 def test_the_end_of_the_round_stops_training(site: Site) -> None:

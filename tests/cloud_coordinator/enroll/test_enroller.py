@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 from fleetfed_testing.enrolment import NOW, Bench, sealed
 
-from fleetfed.cloud_coordinator.enroll import enroller as enroller_module
 from fleetfed.cloud_coordinator.enroll.enroller import DAY, Enroller
+from fleetfed.cloud_coordinator.enroll.lists import list_of
 from fleetfed.device import csr, enroll
 from fleetfed.shared.errors import ConfigError, RejectReason, RemoteProtocolError, StorageError
 from fleetfed.shared.trust import enrolment
@@ -328,16 +328,14 @@ def test_all_certificates_of_a_revoked_device_are_on_the_list(bench: Bench) -> N
     with pytest.raises(ConfigError, match="revoked already"):
         bench.enroller.revoke([str(first.serial)], now=NOW)
     _, message = bench.enroller.revoke([str(other.serial)], now=NOW + 17 * DAY)
-    assert enroller_module.list_of(message or b"").serials == (first.serial, second.serial, other.serial)
+    assert list_of(message or b"").serials == (first.serial, second.serial, other.serial)
 
 
 def test_a_list_keeps_what_others_revoked_and_goes_above_their_version(bench: Bench) -> None:
     theirs = Revocations(version=7, serials=(3, 9))
     identity = bench.enrol("d1")
     _, message = bench.enroller.revoke([identity.certificate.id], now=NOW, others=(theirs,))
-    assert enroller_module.list_of(message or b"") == Revocations(
-        version=8, serials=(3, 9, identity.certificate.serial)
-    )
+    assert list_of(message or b"") == Revocations(version=8, serials=(3, 9, identity.certificate.serial))
     _, again = bench.enroller.revoke([], now=NOW + 1, others=(theirs,))
     assert again == message
 
