@@ -173,6 +173,14 @@ async def test_g3_a_victims_whole_message_under_another_name(scene: Scene) -> No
     await scene.refused(scene.site.updates["d-0"], RejectReason.WRONG_SENDER, receipt=False)
 
 
+async def test_g3_a_report_of_an_earlier_round(scene: Scene) -> None:
+    message = scene.update()
+    scene.bench.open_round(2, split=scene.bench.fleet.split())
+    await scene.bench.quiet()
+    scene.before = scene.bench.facts()
+    await scene.refused(message, RejectReason.LATE)
+
+
 # --- G4: when --------------------------------------------------------------------------------------------------------
 
 
@@ -188,14 +196,6 @@ async def test_g4_past_its_own_expiry(scene: Scene) -> None:
     message = scene.update(lifetime=1000)
     scene.bench.fleet.now += 1001
     await scene.refused(message, RejectReason.EXPIRED)
-
-
-async def test_g4_an_update_of_the_round_before(scene: Scene) -> None:
-    message = scene.update()
-    scene.bench.open_round(2, split=scene.bench.fleet.split())
-    await scene.bench.quiet()
-    scene.before = scene.bench.facts()
-    await scene.refused(message, RejectReason.LATE)
 
 
 # --- G5: what is in it -----------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def alarms(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize("bucket", [0, 2])
-async def test_g6_a_second_commit_over_another_set(bench: Bench, bucket: int, caplog: pytest.LogCaptureFixture) -> None:
+async def test_g6_a_second_commit_with_another_set(bench: Bench, bucket: int, caplog: pytest.LogCaptureFixture) -> None:
     site = await _proposed(bench, 4, bucket=bucket)
     first, second = site.commit(), site.commit("d-0", "d-1", "d-2")
     bench.commit(first)
@@ -382,7 +382,7 @@ async def aborted(bench: Bench, reason: RejectReason, caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize("bucket", [0, 3])
-async def test_g7_fewer_than_the_minimum(bench: Bench, bucket: int, caplog: pytest.LogCaptureFixture) -> None:
+async def test_g7_a_cohort_below_the_minimum(bench: Bench, bucket: int, caplog: pytest.LogCaptureFixture) -> None:
     site = await _proposed(bench, 4, minimum_cohort=3, bucket=bucket)
     await site.committed("d-0", "d-3")
     await aborted(bench, RejectReason.BELOW_MINIMUM, caplog)
@@ -394,7 +394,7 @@ async def test_g7_a_single_device(bench: Bench, caplog: pytest.LogCaptureFixture
     await aborted(bench, RejectReason.BELOW_MINIMUM, caplog)
 
 
-async def test_g7_many_devices_of_one_owner(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+async def test_g7_a_cohort_of_one_owner(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     bench.fleet.owners = {f"d-{number}": "mallory" for number in range(1, 4)} | {"d-0": "victim"}
     site = await _proposed(bench, 4, minimum_owners=3)
     await site.committed()
@@ -430,7 +430,7 @@ async def test_g7_two_left_out_are_not_too_many(bench: Bench, caplog: pytest.Log
 
 
 @pytest.mark.parametrize("bucket", [0, 5])
-async def test_g7_commit_that_leaves_one_of_twenty_out_twice(
+async def test_g7_a_commit_that_leaves_out_one_of_twenty_twice(
     bench: Bench, bucket: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The two sums would differ in two devices, and a third one would tell them apart: there is one sum."""
