@@ -134,12 +134,9 @@ async def test_whenever_it_dies_a_round_has_one_noise(tmp_path: Path, monkeypatc
     monkeypatch.setattr(step, "add_coordinator_noise", watched)
     counted = Fuse(None)
     assert await drive(tmp_path / "whole", counted) == 0
-    repeated = 0
-    for at in range(1, counted.writes + 1):
+    # After one write is before the next: every second is enough.
+    for at in range(1, counted.writes + 1, 2):
         run += 1
-        deaths = await drive(tmp_path / str(run), Fuse(at, after=bool(at % 2)))
-        assert deaths == 1
-        repeated += 1
-    assert repeated == counted.writes
+        assert await drive(tmp_path / str(run), Fuse(at, after=True)) == 1
     assert all(len(values) == 1 for values in drawn.values())
     assert len({next(iter(values)) for values in drawn.values()}) == len(drawn)
