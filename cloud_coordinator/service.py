@@ -24,7 +24,7 @@ from fleetfed.cloud_coordinator.config import CoordinatorConfig, RoundSettings
 from fleetfed.cloud_coordinator.control import report
 from fleetfed.cloud_coordinator.fleet import Fleet
 from fleetfed.cloud_coordinator.proposals import PlanInForce
-from fleetfed.cloud_coordinator.publish import REVOCATIONS, Outgoing, Publisher
+from fleetfed.cloud_coordinator.publish import MANIFEST, PLAN, REVOCATIONS, Outgoing, Publisher
 from fleetfed.cloud_coordinator.round import Round
 from fleetfed.cloud_coordinator.secure.helper import Helpers
 from fleetfed.cloud_coordinator.secure.reveals import Reveals
@@ -159,8 +159,23 @@ class Coordinator:
         self.failed = asyncio.get_running_loop().create_future()
         self.trust.start()
         self.handle(ev.Started())
+        self._take_over()
         if self.config.autostart and self.store.document(RUN) is None:
             self.handle(ev.StartRequested(self.config.rounds))
+
+    def _take_over(self) -> None:
+        """If another key signed what is stored, say it again in our name, and end a round that the other one planned.
+
+        Members believe no key that the owners list no more.
+        """
+        own = self._signer.certificate.key_id
+        manifest, plan = self.store.document(MANIFEST), self.store.document(PLAN)
+        if manifest is not None and parse_head(manifest).header.sender != own:
+            with self.durably():
+                again = manifest_of(self._recent, available=self.blobs.has)
+                self.publisher.store_manifest(self.sign(MessageKind.MANIFEST, again, now=self.clock()).encode())
+        if plan is not None and parse_head(plan).header.sender != own and self.machine.state is State.COLLECTING:
+            self.handle(ev.AbortRequested("the coordinator has another key than the one that planned this round"))
 
     async def stop(self) -> None:
         """Wait for a step in progress, so that it need not be repeated."""

@@ -74,7 +74,8 @@ class OnlineTrust:
     def offer(self, data: bytes, *, now: int) -> bool:
         """Take what owners or the enrolment service have signed, sign it as current, and put it in force.
 
-        Empty parts stand for those in force.
+        Roots, targets and the service's word are each taken as far as they are newer: the enrolment service may know
+        older targets than we, and the owners know nothing of its word.
 
         Args:
             data: a `TrustBundle`; its snapshot and timestamp are not looked at.
@@ -89,9 +90,13 @@ class OnlineTrust:
             new = replace(new, roots=old.roots)
         if new.roots[: len(old.roots)] != old.roots:
             raise tuf.bad("its roots are not those of this fleet")
+        newer = bool(new.devices) and (not old.devices or _version(new.devices) >= _version(old.devices))
         if _version(new.targets) < _version(old.targets):
-            raise tuf.bad(f"targets {_version(new.targets)} is older than {_version(old.targets)}, which is in force")
-        if not new.devices or (old.devices and _version(new.devices) < _version(old.devices)):
+            if not newer:
+                raise tuf.bad(f"targets {_version(new.targets)} after {_version(old.targets)}, which is in force")
+            directory = {path: data for path, data in new.files.items() if path == files.DIRECTORY}
+            new = replace(new, targets=old.targets, files={**old.files, **directory})
+        if not newer:
             kept = {path: data for path, data in old.files.items() if path == files.DIRECTORY}
             new = replace(new, devices=old.devices, files={**new.files, **kept})
         return self._sign(new, now, fresh=True)

@@ -14,7 +14,8 @@ from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.metadata import TrustSet
 from fleetfed.shared.trust.policy import Policy
-from fleetfed.shared.wire.messages import Command, Mode
+from fleetfed.shared.wire.envelope import parse_head
+from fleetfed.shared.wire.messages import Command, Mode, Outcome
 from fleetfed.shared.wire.topics import Broadcast
 
 
@@ -121,3 +122,25 @@ async def test_a_fleet_without_metadata_says_so(tmp_path: Path) -> None:
     assert (await world.ask(Command.ROUND_STATUS)).result["trust"] == {}
     assert world.topics.broadcast(Broadcast.TRUST) not in world.sent.retained
     await world.close()
+
+
+async def test_a_coordinator_with_a_new_key_says_again_what_the_old_one_said(trusting: Trusting) -> None:
+    world = trusting.world
+    north = ScriptedGateway(world.fleet, "north", ["a", "b", "c"])
+    await world.join(north)
+    await world.ask(Command.ROUND_START, rounds=1)
+    plan, _, _ = world.plan()
+    before = world.manifest()
+    # The owners list another key, and the coordinator is started with it.
+    await world.close()
+    identity = world.fleet.member(Role.COORDINATOR, "coordinator-2", "_")
+    trusting.owners.coordinators.append(identity.key.public)
+    trusting.owners.next("targets")
+    world.identity = replace(identity, root=trusting.owners.roots[0], bundle=trusting.offer())
+    world._signer = world.fleet.signer(Role.COORDINATOR, "coordinator-2", "_")
+    world.open()
+    for what in (Broadcast.MODEL, Broadcast.PLAN):
+        said = world.sent.retained[world.topics.broadcast(what)]
+        assert parse_head(said).header.sender == identity.certificate.key_id
+    assert (world.manifest().version, world.manifest().sha256) == (before.version, before.sha256)
+    assert (world.end().round, world.end().outcome) == (plan.round, Outcome.ABORTED)

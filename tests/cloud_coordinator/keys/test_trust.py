@@ -314,3 +314,24 @@ def test_a_damaged_folder_says_so(keyring: Keyring) -> None:
 def test_metadata_is_never_overwritten(keyring: Keyring) -> None:
     with pytest.raises(ConfigError, match="already"):
         make_trust(keyring, now=NOW)
+
+
+def test_the_enrolment_services_word_joins_beside_newer_targets_than_it_knows(keyring: Keyring, tmp_path: Path) -> None:
+    issued = keyring.issue([NewMember(id="enrol", role=MemberRole.ENROLLER, hosts=("localhost",))], now=NOW)
+    follow(keyring, issued, now=NOW)
+    known = codec.decode(TrustBundle, owners(keyring).bundle(), limit=MAX_BUNDLE)
+    mine = owners(keyring)
+    mine.stage_targets(now=NOW, policy=Policy(minimum_cohort=9))
+    mine.sign()
+    coordinator = online(keyring, tmp_path)
+    coordinator.offer(mine.bundle(), now=NOW)
+    with pytest.raises(RemoteProtocolError, match="targets 2 after 3"):
+        coordinator.offer(codec.encode(known), now=NOW)
+    word, data = devices(1, NOW + 7 * DAY, Directory(size=9, root=b"r" * 32, revocations=0))
+    tuf.sign(word, SigningKey.load(keyring.identity_folder("enrol") / "signing.key"))
+    offer = replace(known, devices=word.to_bytes(), files={**known.files, files.DIRECTORY: data})
+    assert coordinator.offer(codec.encode(offer), now=NOW)
+    trust = coordinator.keeper.trust
+    assert trust is not None
+    assert trust.directory is not None
+    assert (trust.policy.minimum_cohort, trust.directory.size) == (9, 9)
