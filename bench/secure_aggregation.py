@@ -189,9 +189,9 @@ def measure(*, devices: int, dimension: int, lane_bits: int, holders: int, repea
 
 def raw_chacha20(size: int, repeat: int) -> float:
     """Seconds for so much of OpenSSL's keystream alone, in pieces that fit the cache; NaN without `cryptography`."""
-    encryptor = prg._encryptor(bytes(32))
-    if encryptor is None:
+    if prg._library() is None:
         return float("nan")
+    encryptor = prg._encryptor(bytes(32))
     piece = 1 << 17
     zeros, out = bytes(piece), bytearray(piece)
     return best(lambda: encryptor.update_into(zeros, out), repeat=repeat, times=50) * size / piece

@@ -21,9 +21,9 @@ import numpy as np
 
 from fleetfed.shared.aggregate.lanes import Words
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
+from fleetfed.shared.secure import prg
 from fleetfed.shared.secure.box import TAG_SIZE, Reader, SealSecret, decrypt, encrypt, seal
 from fleetfed.shared.secure.kdf import KEY_SIZE, Label, derive
-from fleetfed.shared.secure.prg import add_mask
 from fleetfed.shared.wire.envelope import Digest, Head, Header, check_body, digest
 from fleetfed.shared.wire.update import EXTENSION_SIZE, UpdateExtension
 
@@ -73,7 +73,7 @@ def mask(
     boxes = []
     for reader, public_key in seed_keys:
         seed = derive(randomness(KEY_SIZE) + hedge, Label.SEED, bound)
-        add_mask(words, mask_key(seed, bound))
+        prg.add_mask(words, mask_key(seed, bound))
         boxes.append(seal(seed, reader, bound, public_key))
     key = derive(randomness(KEY_SIZE) + hedge, Label.BODY_KEY, bound)
     body = encrypt(words.astype("<u8", copy=False).data.cast("B"), key, bound)
@@ -116,8 +116,7 @@ def mask_key(seed: bytes, bound: Digest) -> bytes:
 
 def add_masks(words: Words, keys: Iterable[bytes], *, negate: bool = False) -> None:
     """Add (or subtract) the masks of several updates to ``words`` in place; ``keys`` from `mask_key`."""
-    for key in keys:
-        add_mask(words, key, negate=negate)
+    prg.add_masks(words, keys, negate=negate)
 
 
 def _box(head: Head, reader: Reader) -> bytes:

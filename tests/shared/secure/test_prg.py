@@ -12,7 +12,7 @@ from nacl.utils import randombytes_deterministic
 
 from fleetfed.shared.aggregate.lanes import Words
 from fleetfed.shared.secure import prg
-from fleetfed.shared.secure.prg import add_mask
+from fleetfed.shared.secure.prg import add_mask, add_masks
 
 KEY = bytes(range(32))
 
@@ -57,6 +57,18 @@ def test_what_was_added_is_taken_away_again(library: str, words: int) -> None:
     assert (now != before).any()
     add_mask(now, KEY, negate=True)
     assert (now == before).all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 130])
+def test_many_streams_at_once_are_one_after_the_other(library: str, count: int) -> None:
+    keys = [bytes([i]) * 32 for i in range(count)]
+    at_once, one_by_one = np.zeros(20_000, dtype=np.uint64), np.zeros(20_000, dtype=np.uint64)
+    add_masks(at_once, iter(keys))
+    for key in keys:
+        add_mask(one_by_one, key)
+    assert (at_once == one_by_one).all()
+    add_masks(at_once, keys, negate=True)
+    assert not at_once.any()
 
 
 def test_a_part_of_a_longer_vector_is_masked_in_place(library: str) -> None:
