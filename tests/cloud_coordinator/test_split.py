@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from collections.abc import AsyncIterator
@@ -13,7 +14,9 @@ import pytest
 from fleetfed_testing.cloud import Fleet, ScriptedGateway, World, contribution_of, small_model
 from fleetfed_testing.masked_cloud import MaskedGateway, ScriptedHelper, seal_key_of
 
+from fleetfed.cloud_coordinator import inbox
 from fleetfed.cloud_coordinator.config import RoundSettings
+from fleetfed.cloud_coordinator.secure import reveals
 from fleetfed.cloud_coordinator.state import State
 from fleetfed.cloud_coordinator.storage.store import Store
 from fleetfed.cloud_coordinator.training.robust import Robust
@@ -262,6 +265,85 @@ async def test_a_lie_within_the_range_moves_a_robust_step_much_less_than_the_sum
     for robust in (Robust.NONE, rule):
         moved[robust] = np.linalg.norm(await step(robust, liars=1) - await step(robust, liars=0))
     assert moved[rule] < moved[Robust.NONE] / 2
+
+
+# --- While a thread works ---------------------------------------------------------------------------------------------
+
+
+async def test_threads_give_what_one_thread_gives(worlds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for threads in (False, True):
+        if threads:
+            monkeypatch.setattr(inbox, "THREAD_FROM", 1)
+            monkeypatch.setattr(reveals, "_THREAD_FROM", 0)
+        world = worlds(rounds=split_settings(seed_holders=2, bucket=3, rounds=1))
+        helper = ScriptedHelper(world.fleet)
+        gateway = MaskedGateway(world.fleet, "g", DEVICES)
+        await helper.join(world)
+        await world.join(gateway)
+        await world.run_round(gateway)
+        await helper.answer_all(world)
+        found.append(world.store.newest_version())
+    assert found[0].version == 2
+    assert found[0].sha256 == found[1].sha256
+
+
+class Gate:
+    """Holds the work that a thread would do until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = asyncio.Event()
+        self.calls = 0
+        monkeypatch.setattr(reveals, "_work", self._work)
+
+    async def _work(self, size: int, function: Any, *arguments: Any) -> Any:
+        del size
+        self.calls += 1
+        await self.open.wait()
+        return function(*arguments)
+
+
+async def proposed(world: World, gateway: MaskedGateway) -> Any:
+    """The reveal that the gateway owes."""
+    plan, plan_hash, ring = world.plan()
+    heads = [update.message.head.encode() for update in gateway.train(plan, plan_hash, ring)]
+    await world.deliver(gateway.name, Verb.PROPOSE, gateway.propose(plan, plan_hash, heads))
+    commit, commit_hash, _ = world.commits(gateway.name)[-1]
+    return gateway.reveal(plan, ring, commit, commit_hash)
+
+
+async def test_a_reveal_that_is_unmasked_when_its_round_ends_is_late(
+    worlds: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    world = worlds()
+    gateway = MaskedGateway(world.fleet, "g", DEVICES)
+    await world.join(gateway)
+    task = asyncio.create_task(world.deliver("g", Verb.REVEAL, await proposed(world, gateway)))
+    await asyncio.sleep(0)
+    await world.ask(Command.ROUND_ABORT, reason="test")
+    gate.open.set()
+    await task
+    assert world.receipts("g")[-1].reason is RejectReason.LATE
+    assert world.store.newest_version().version == 1
+
+
+async def test_a_reveal_that_comes_again_while_it_is_unmasked_is_unmasked_once(
+    worlds: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    world = worlds(rounds=split_settings(rounds=1))
+    gateway = MaskedGateway(world.fleet, "g", DEVICES)
+    await world.join(gateway)
+    message = await proposed(world, gateway)
+    tasks = [asyncio.create_task(world.deliver("g", Verb.REVEAL, message)) for _ in range(3)]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert gate.calls == 1
+    gate.open.set()
+    await asyncio.gather(*tasks)
+    assert [receipt.reason for receipt in world.receipts("g")] == [None]
+    assert world.store.newest_version().contributors == len(DEVICES)
 
 
 # --- The helper -------------------------------------------------------------------------------------------------------
