@@ -166,10 +166,14 @@ async def test_killed_twice_it_gives_one_answer(world: tuple[Coordinator, Path])
         # The same request in a new message: the same bytes. Another: a conflict.
         await coordinator.ask(rnd, request)
         await coordinator.ask(rnd, rnd.request(DEVICES[1:]))
+        # The broker may deliver the first request again too: whoever was killed had perhaps not confirmed it.
         found = await coordinator.answers(3)
-        assert found[1][0].encode() == found[0][0].encode()
-        assert found[1][1] == found[0][1]
-        assert (found[2][1].sums, found[2][1].reason) == ((), RejectReason.CONFLICT)
+        if found[-1][1].reason is None:
+            found = await coordinator.answers(4)
+        *same, (_, conflict) = found
+        assert len({head.encode() for head, _ in same}) == 1
+        assert [answer.sums for _, answer in same] == [sums.sums] * len(same)
+        assert (conflict.sums, conflict.reason) == ((), RejectReason.CONFLICT)
         second.send_signal(signal.SIGKILL)
         await second.wait()
 
