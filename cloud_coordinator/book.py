@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fleetfed.cloud_coordinator import events as ev
+from fleetfed.cloud_coordinator.asides import Asides
 from fleetfed.cloud_coordinator.config import CoordinatorConfig, RoundSettings
 from fleetfed.cloud_coordinator.control import report
 from fleetfed.cloud_coordinator.privacy.book import PrivacyBook, PrivacyBudgetError
@@ -100,6 +101,7 @@ class RoundBook:
         self.current: PlanInForce | None = None
         self.seals = Seals(store, randomness)
         self.privacy = PrivacyBook(store, blobs)
+        self.asides = Asides(store)
         self._config = config
         self._store = store
         self._verifier = verifier
@@ -227,6 +229,7 @@ class RoundBook:
                 split=split,
                 policy=self._verifier.policy.version,
                 privacy=privacy,
+                quarantined=self.asides.devices(),
             )
         except ValueError as error:
             raise RemoteProtocolError(RejectReason.WRONG_SHAPE, str(error)) from error
@@ -377,6 +380,10 @@ class RoundBook:
             self._store.forget_words(record.number)
             self._store.put_document(PLAN, signed.encode())
             self.seals.destroy()
+            if self._settings.defence is not None:
+                aside = self.asides.note_round(record.number, self._settings.quarantine, now=record.closed)
+                for device in aside:
+                    _log.warning("round %d: %s is quarantined; see `fleetfed fleet quarantine`", record.number, device)
         self._sum, self._secret = None, None
         if self.current is not None:
             self.current = replace(self.current, secret=None)

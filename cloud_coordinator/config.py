@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fleetfed.cloud_coordinator.privacy.settings import PrivacySettings
+from fleetfed.cloud_coordinator.quarantine import QuarantineConfig
 from fleetfed.cloud_coordinator.training.clips import ClipConfig
 from fleetfed.cloud_coordinator.training.optimizers import OptimizerConfig
 from fleetfed.cloud_coordinator.training.robust import Robust
@@ -49,6 +50,7 @@ from fleetfed.shared.mqtt.config import ConnectionConfig
 from fleetfed.shared.mqtt.endpoint import Endpoint
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.codec import Length, Range
+from fleetfed.shared.wire.defence import Defence
 from fleetfed.shared.wire.fields import Fraction
 from fleetfed.shared.wire.messages import Mode, Training, Weighting
 from fleetfed.shared.wire.privacy import Mechanism
@@ -85,6 +87,9 @@ class RoundSettings:
         trim: for ``trimmed_mean``, the part of the buckets to leave out at either end.
         iterations: for ``geometric_median``.
         privacy: differential privacy (``[rounds.privacy]``); none without it.
+        defence: in plain mode, how gateways meet updates that do not look like the others (``[rounds.defence]``); none
+            without it.
+        quarantine: when a device that is an outlier again and again is set aside (``[rounds.quarantine]``).
     """
 
     rounds: Annotated[int, Range(0, 1_000_000)] = 0
@@ -112,6 +117,8 @@ class RoundSettings:
     trim: Annotated[float, Range(0.0, 0.5)] = 0.2
     iterations: Annotated[int, Range(1, 1000)] = 50
     privacy: PrivacySettings | None = None
+    defence: Defence | None = None
+    quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
 
     def __post_init__(self) -> None:
         if self.expires <= self.deadline:
@@ -132,10 +139,16 @@ class RoundSettings:
                 if given:
                     raise ConfigError(f"{name} is for split mode: set {name} = {none}, or mode = 'split'")
 
+        if self.defence is not None and self.mode is Mode.SPLIT:
+            raise ConfigError(
+                "defence looks at single updates, which split mode hides: set bucket and robust, or mode = 'plain'"
+            )
         if self.privacy is not None:
             self._check_privacy(self.privacy)
 
     def _check_privacy(self, privacy: PrivacySettings) -> None:
+        if self.defence is not None:
+            raise ConfigError("privacy does not go with defence: no noise covers who is left out because of others")
         if self.weighting is not Weighting.UNIFORM:
             raise ConfigError("privacy needs weighting = 'uniform': a weight says how much data a device has")
         if self.error_feedback:

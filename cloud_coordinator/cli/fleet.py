@@ -12,9 +12,9 @@ from fleetfed.cloud_coordinator.cli.control import ask, control_options
 from fleetfed.shared.wire.messages import Command
 
 
-@click.group(epilog=output.example("fleetfed fleet list", "fleetfed fleet show g-north"))
+@click.group(epilog=output.example("fleetfed fleet list", "fleetfed fleet show g-north", "fleetfed fleet release d-07"))
 def fleet() -> None:
-    """See gateways and devices."""
+    """See gateways and devices; set devices aside and let them back in."""
 
 
 @fleet.command(name="list", epilog=output.example("fleetfed fleet list", "fleetfed fleet list --json"))
@@ -63,3 +63,50 @@ def show(member: str, config: Path, timeout: float, as_json: bool) -> None:
                 for each in members
             ),
         )
+
+
+@fleet.command(
+    epilog=output.example("fleetfed fleet quarantine", "fleetfed fleet quarantine d-07 --reason 'sensor is broken'")
+)
+@click.argument("device", required=False)
+@click.option("--reason", default="", help="For whoever wonders later.")
+@control_options
+@output.json_option
+def quarantine(device: str | None, reason: str, config: Path, timeout: float, as_json: bool) -> None:
+    """List the devices that are set aside, or set one aside from the next round on.
+
+    Rounds with a [rounds.defence] set aside by themselves who is an outlier again and again ([rounds.quarantine]).
+    """
+    if device is not None:
+        arguments = {"id": device} | ({"reason": reason} if reason else {})
+        result = ask(config, Command.FLEET_ASIDE, arguments, timeout=timeout)
+        if as_json:
+            output.print_json(result)
+        else:
+            print(f"{device} takes no part from the next round on; `fleetfed fleet release {device}` lifts it")
+        return
+    rows = ask(config, Command.FLEET_LIST, timeout=timeout).get("quarantined", [])
+    if as_json:
+        output.print_json({"quarantined": rows})
+        return
+    output.table(
+        ("device", "since", "round>", "by", "reason"),
+        (
+            (row["device"], output.when(row["since"]), row["round"], row["by"] or "the defence", row["reason"])
+            for row in rows
+        ),
+        empty="no device is quarantined",
+    )
+
+
+@fleet.command(epilog=output.example("fleetfed fleet release d-07"))
+@click.argument("device")
+@control_options
+@output.json_option
+def release(device: str, config: Path, timeout: float, as_json: bool) -> None:
+    """Let a quarantined device take part again from the next round on; its strikes are forgotten."""
+    result = ask(config, Command.FLEET_RELEASE, {"id": device}, timeout=timeout)
+    if as_json:
+        output.print_json(result)
+    else:
+        print(f"{device} takes part again from the next round on")

@@ -3,6 +3,7 @@
 ::
 
     FleetFedError
+    ├── CommandError         a command that the coordinator refuses, on its own side
     ├── CommandFailedError   a command did not reach its goal
     ├── NoAnswerError        the broker or the coordinator did not answer
     └── RefusedError         the coordinator answered that it will not
@@ -11,6 +12,20 @@
 from __future__ import annotations
 
 from fleetfed.shared.errors import FleetFedError
+
+
+class CommandError(FleetFedError):
+    """A command is refused.
+
+    Attributes:
+        label: stable, for programs.
+        detail: what to do, for people.
+    """
+
+    def __init__(self, label: str, detail: str) -> None:
+        self.label = label
+        self.detail = detail
+        super().__init__(label, detail)
 
 
 class CommandFailedError(FleetFedError):

@@ -19,7 +19,8 @@ from typing import Any, Final
 
 from fleetfed.cloud_coordinator.book import explain
 from fleetfed.cloud_coordinator.config import RoundSettings
-from fleetfed.cloud_coordinator.control import report
+from fleetfed.cloud_coordinator.control import quarantine, report
+from fleetfed.cloud_coordinator.control.errors import CommandError
 from fleetfed.cloud_coordinator.events import (
     AbortRequested,
     ModelStored,
@@ -34,7 +35,7 @@ from fleetfed.cloud_coordinator.state import State, Wish
 from fleetfed.cloud_coordinator.storage.records import VersionRecord
 from fleetfed.cloud_coordinator.training.versions import from_file, from_version, read_model
 from fleetfed.shared import config
-from fleetfed.shared.errors import ConfigError, FleetFedError, RejectReason, RemoteProtocolError, StorageError
+from fleetfed.shared.errors import ConfigError, RejectReason, RemoteProtocolError, StorageError
 from fleetfed.shared.trust.certificates import SERIALS, Certificate, Role
 from fleetfed.shared.trust.verifier import Verifier
 from fleetfed.shared.wire import codec, limits
@@ -50,20 +51,6 @@ _READS: Final = frozenset(
     {Command.ROUND_STATUS, Command.MODEL_LIST, Command.MODEL_SHOW, Command.FLEET_LIST, Command.FLEET_SHOW}
 )
 _RESTING: Final = frozenset({State.NO_MODEL, State.IDLE, State.WAITING, State.PAUSED, State.FINISHED})
-
-
-class CommandError(FleetFedError):
-    """A command is refused.
-
-    Attributes:
-        label: stable, for programs.
-        detail: what to do, for people.
-    """
-
-    def __init__(self, label: str, detail: str) -> None:
-        self.label = label
-        self.detail = detail
-        super().__init__(label, detail)
 
 
 class Control:
@@ -109,7 +96,7 @@ class Control:
         left = head.header.expires_at - coordinator.clock()
         if not head.header.expires_at or left > _LONGEST:
             raise CommandError("no_expiry", "a command that changes something must expire within 24 hours")
-        apply = await self._prepare(request)
+        apply = await self._prepare(request, operator)
         with coordinator.durably():
             response = self._signed(head, result=apply())
             coordinator.store.answer(
@@ -140,7 +127,7 @@ class Control:
 
     # --- Commands that change something -------------------------------------------------------------------------------
 
-    async def _prepare(self, request: Request) -> Callable[[], dict[str, Any]]:
+    async def _prepare(self, request: Request, operator: str) -> Callable[[], dict[str, Any]]:
         """Do what may fail or takes long; return what changes the state, to be called in a transaction."""
         arguments = _Arguments(request)
         match request.command:
@@ -164,6 +151,14 @@ class Control:
                 number = arguments.integer("version", low=1)
                 arguments.end()
                 return await self._rollback(number)
+            case Command.FLEET_ASIDE:
+                device, reason = arguments.text("id"), arguments.text("reason", default="set aside by an operator")
+                arguments.end()
+                return quarantine.put_aside(self._coordinator, device, reason=reason, operator=operator)
+            case Command.FLEET_RELEASE:
+                device = arguments.text("id")
+                arguments.end()
+                return quarantine.release(self._coordinator, device)
             case Command.KEYS_REVOKE:
                 revocations = arguments.binary("revocations")
                 arguments.end()
@@ -180,7 +175,7 @@ class Control:
         table = {name: value for name, value in _plain(coordinator.config.rounds).items() if value is not None}
         given = arguments.rest()
         for name, value in given.items():
-            if isinstance(value, dict) and name in ("training", "privacy"):
+            if isinstance(value, dict) and name in ("training", "privacy", "defence", "quarantine"):
                 table[name] = table.get(name, {}) | value
             else:
                 table[name] = value
@@ -390,6 +385,7 @@ class Control:
         return {
             "gateways": [self._gateway(name) for name in names[:_MAX_ROWS]],
             "gateways_total": len(names),
+            "quarantined": self._coordinator.book.asides.load().rows()[:_MAX_ROWS],
             "devices": sum(census.devices for census in fleet.censuses.values()),
             "devices_ready": sum(
                 census.ready for name, census in fleet.censuses.items() if fleet.life(name) is Life.READY

@@ -23,6 +23,7 @@ def make_plan(
     split: Split | None = None,
     policy: int = 0,
     privacy: Privacy | None = None,
+    quarantined: tuple[str, ...] = (),
 ) -> Plan:
     """Return the plan of round ``number``.
 
@@ -37,6 +38,7 @@ def make_plan(
         split: how updates are masked, in split mode.
         policy: version of the pinned policy in force.
         privacy: what the settings' privacy comes to for this model; None without it.
+        quarantined: devices that are set aside.
 
     Raises:
         ValueError: no lane is wide enough for so many contributions of so many bits.
@@ -49,7 +51,10 @@ def make_plan(
         quantization=_quantization(settings, base, dimension=dimension, privacy=privacy),
         training=settings.training,
         eligibility=Eligibility(
-            fraction=settings.fraction, labels=settings.labels, minimum_examples=settings.minimum_examples
+            fraction=settings.fraction,
+            labels=settings.labels,
+            minimum_examples=settings.minimum_examples,
+            quarantined=quarantined,
         ),
         quorum=Quorum(
             fraction=settings.quorum_fraction, minimum=settings.quorum_minimum, cohort_cap=settings.cohort_cap
@@ -64,6 +69,7 @@ def make_plan(
         split=split,
         policy=policy,
         privacy=privacy,
+        defence=settings.defence,
     )
 
 

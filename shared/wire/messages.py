@@ -464,6 +464,8 @@ class Command(StrEnum):
     MODEL_ROLLBACK = "model.rollback"
     FLEET_LIST = "fleet.list"
     FLEET_SHOW = "fleet.show"
+    FLEET_ASIDE = "fleet.quarantine"
+    FLEET_RELEASE = "fleet.release"
     KEYS_REVOKE = "keys.revoke"
     KEYS_PUBLISH = "keys.publish"
 
