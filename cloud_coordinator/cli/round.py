@@ -232,8 +232,14 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
         output.print_json(result)
         return
     history = result.get("history", [])
-    hidden = {"history", "settings", *(() if result.get("waiting_for") else ("waiting_for",))}
-    output.pairs({key: value for key, value in result.items() if key not in hidden}, first=_FIRST)
+    trust = result.get("trust") or {}
+    hidden = {"history", "settings", "trust", *(() if result.get("waiting_for") else ("waiting_for",))}
+    shown = {key: value for key, value in result.items() if key not in hidden}
+    if trust:
+        shown["trust"] = f"policy {trust['policy']}, current until {output.when(trust['expires'])}"
+    output.pairs(shown, first=_FIRST)
+    for warning in trust.get("warnings", ()):
+        click.secho(f"  {warning}", fg="red" if trust["stale"] else "yellow", err=True)
     if history:
         from rich.console import Console
 
