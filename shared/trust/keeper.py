@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from fleetfed.shared.errors import ConfigError, RemoteProtocolError
 from fleetfed.shared.files import write_atomic
+from fleetfed.shared.trust import lean
 from fleetfed.shared.trust.identity import TRUST_DIRECTORY, Identity
 from fleetfed.shared.trust.verifier import Trust, Verifier
 from fleetfed.shared.wire import codec
@@ -150,6 +151,7 @@ def _warning(role: str, left: int) -> str:
 
 
 def _open(path: Path, identity: Identity, pinned: bytes) -> TrustSet:
+    lean.load()
     from fleetfed.shared.trust.metadata import TrustSet
 
     try:

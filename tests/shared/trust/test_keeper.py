@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,3 +228,20 @@ def test_what_expires_soon_is_said_before_it_bites(tmp_path: Path) -> None:
     assert any("keys renew root" in each for each in warnings(trust, NOW + 340 * DAY))
     assert keeper.status(NOW + DAY)["stale"]
     assert not keeper.status(NOW)["stale"]
+
+
+def test_a_device_loads_no_more_than_it_needs() -> None:
+    program = """
+import sys
+from fleetfed.shared.trust import keeper, lean
+assert not [name for name in sys.modules if name.split(".")[0] in ("tuf", "securesystemslib")]
+lean.load()
+from fleetfed.shared.trust import metadata, tuf
+heavy = {"cryptography", "urllib3", "requests", "asn1crypto"} & {name.split(".")[0] for name in sys.modules}
+assert not heavy, heavy
+import securesystemslib.signer as signer
+assert signer.KEY_FOR_TYPE_AND_SCHEME["ed25519", "ed25519"] is tuf.Ed25519Key
+import cryptography
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
