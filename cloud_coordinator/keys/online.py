@@ -48,7 +48,7 @@ class OnlineTrust:
         self.keeper = TrustKeeper(state / "trust.bin", identity, verifier)
         self._folder = folder / TRUST_DIRECTORY
         self._begin_with = identity.bundle
-        self._parts = _decode(self.keeper.bundle or identity.bundle)
+        self._parts = _decode(self.keeper.kept or identity.bundle)
         self._due = 0
 
     @property

@@ -6,6 +6,7 @@ and certificates alone decide. Only the others load TUF.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.codec import Length
 from fleetfed.shared.wire.envelope import KeyId, digest
 from fleetfed.shared.wire.fields import Bytes32
-from fleetfed.shared.wire.trust import MAX_BUNDLE, MAX_ROOT
+from fleetfed.shared.wire.trust import MAX_BUNDLE, MAX_ROOT, TrustBundle
 
 if TYPE_CHECKING:
     from fleetfed.shared.trust.metadata import TrustSet
@@ -38,7 +39,7 @@ class _Kept:
     """The state file.
 
     Attributes:
-        pinned: digest of the root in the identity folder that it began with; with another one it is void.
+        pinned: digest of the root in the identity folder; with one of another chain this file is void.
         root, bundle: as in `TrustSet`.
     """
 
@@ -70,6 +71,11 @@ class TrustKeeper:
     def bundle(self) -> bytes:
         """The last good bundle that says what is current, as it was received; empty for none."""
         return self._set.bundle if self._set is not None and self.trust is not None and self.trust.expires else b""
+
+    @property
+    def kept(self) -> bytes:
+        """The last good bundle, whether or not it says what is current; empty for none."""
+        return self._set.bundle if self._set is not None else b""
 
     @property
     def trust(self) -> Trust | None:
@@ -155,24 +161,42 @@ def _open(path: Path, identity: Identity, pinned: bytes) -> TrustSet:
     from fleetfed.shared.trust.metadata import TrustSet
 
     try:
-        trust = TrustSet(identity.root)
+        pinned_set = TrustSet(identity.root)
     except RemoteProtocolError as error:
         raise ConfigError(f"{TRUST_DIRECTORY}/root.json of the identity folder: {error}; issue it again") from error
     kept = _read(path)
-    if kept is not None and kept.pinned == pinned:
+    if kept is not None and _same_fleet(kept, identity, pinned):
         try:
             trust = TrustSet(kept.root)
+            if kept.bundle:
+                trust.load(kept.bundle)
         except RemoteProtocolError as error:
             _log.warning("%s is of no use: %s", path, error)
-            kept = None
-    for data in (kept.bundle if kept is not None and kept.pinned == pinned else b"", identity.bundle):
-        if not data or trust.trust is not None:
-            continue
+        else:
+            # An identity that was issued again may bring a newer root. The rest of its bundle is not current.
+            with contextlib.suppress(RemoteProtocolError):
+                trust.update(identity.bundle, now=0)
+            if trust.trust is not None:
+                return trust
+            pinned_set = trust
+    if identity.bundle:
         try:
-            trust.load(data)
+            pinned_set.load(identity.bundle)
         except RemoteProtocolError as error:
-            _log.warning("trust metadata on disk is of no use: %s", error)
-    return trust
+            _log.warning("the identity folder's trust metadata is of no use: %s", error)
+    return pinned_set
+
+
+def _same_fleet(kept: _Kept, identity: Identity, pinned: bytes) -> bool:
+    """Whether what was kept and what the identity pins are of one chain of roots."""
+    return kept.pinned == pinned or identity.root in _roots(kept.bundle) or kept.root in _roots(identity.bundle)
+
+
+def _roots(bundle: bytes) -> tuple[bytes, ...]:
+    try:
+        return codec.decode(TrustBundle, bundle, limit=MAX_BUNDLE).roots
+    except RemoteProtocolError:
+        return ()
 
 
 def _read(path: Path) -> _Kept | None:

@@ -193,6 +193,23 @@ def test_an_identity_of_another_fleet_makes_what_was_kept_void(tmp_path: Path) -
     assert anew.take(others.bundle(), now=NOW)
 
 
+def test_an_identity_that_was_issued_again_brings_its_newer_root_and_loses_nothing(tmp_path: Path) -> None:
+    owners = Owners(enroller=key("enroller"), directory=Directory(size=5))
+    keeper, _ = opened(tmp_path / "t", member(owners, "d-1"))
+    keeper.take(owners.bundle(), now=NOW)
+    owners.root_()
+    owners.next()
+    newer = owners.bundle(snapshot=b"", timestamp=b"", devices=b"")
+    anew, _ = opened(tmp_path / "t", replace(member(owners, "d-1", bundle=newer), root=owners.roots[-1]))
+    assert anew.trust is not None
+    assert anew.trust.directory == owners.directory
+    assert anew.trust.versions["root"] == 2
+    assert anew.trust.expires == NOW + DAY
+    # And one from a backup changes nothing.
+    again, _ = opened(tmp_path / "t", member(owners, "d-1"))
+    assert again.trust == keeper.trust
+
+
 def test_a_damaged_pinned_root_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="issue it again"):
         opened(tmp_path / "t", replace(member(Owners(), "d-1"), root=b"{}"))
