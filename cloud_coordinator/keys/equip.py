@@ -76,11 +76,14 @@ def follow(keyring: Keyring, members: Iterable[Member], *, now: int) -> list[Mis
     owners = owners_of(keyring)
     if owners is None:
         return []
-    online, missing = online_of(keyring), []
+    online, missing, new = online_of(keyring), [], list(members)
     if not owners.lists(online):
         owners.stage_targets(now=now, online=online)
         missing = owners.sign()
-    equip(keyring, owners, members)
+        if not missing:
+            # Everybody else hears of it from the coordinator.
+            new += [each for each in keyring.members if each.role is MemberRole.COORDINATOR and each not in new]
+    equip(keyring, owners, new)
     return missing
 
 

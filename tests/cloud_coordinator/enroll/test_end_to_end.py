@@ -14,6 +14,7 @@ from fleetfed_testing.local_fleet import PATIENCE, LocalFleet, prepared
 from fleetfed.cloud_coordinator.demo import layout
 from fleetfed.cloud_coordinator.demo.layout import BROKER, COORDINATOR, OPERATOR, WATCHER, toml
 from fleetfed.cloud_coordinator.enroll.cli import run_command
+from fleetfed.cloud_coordinator.keys.equip import follow
 from fleetfed.cloud_coordinator.keys.keyring import MemberRole, NewMember
 from fleetfed.device.cli import main as device_command
 from fleetfed.shared.clock import unix_ms
@@ -36,7 +37,10 @@ class Enrolment:
     def set_up(self) -> None:
         """What an operator does once."""
         keyring = self.fleet.lay_out()
-        keyring.issue([NewMember(id="enroller", role=MemberRole.ENROLLER, hosts=("localhost",))], now=unix_ms())
+        issued = keyring.issue(
+            [NewMember(id="enroller", role=MemberRole.ENROLLER, hosts=("localhost",))], now=unix_ms()
+        )
+        assert follow(keyring, issued, now=unix_ms()) == []
         identities = self.keys / "identities"
         self.command("init", "--identity", identities / "enroller", "--keys", self.keys)
         key = Identity.load(identities / "enroller").key.public.hex()
