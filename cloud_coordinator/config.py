@@ -86,6 +86,9 @@ class RoundSettings:
             ``geometric_median``.
         trim: for ``trimmed_mean``, the part of the buckets to leave out at either end.
         iterations: for ``geometric_median``.
+        update_bytes: most bytes of a masked update's body: of the large tensors only projections travel, on bases that
+            the plan gives (docs/adr/0010); 0 sends every value. Fewer bits in ``[clips]`` and a smaller cohort_cap
+            leave room for more.
         privacy: differential privacy (``[rounds.privacy]``); none without it.
         defence: in plain mode, how gateways meet updates that do not look like the others (``[rounds.defence]``); none
             without it.
@@ -116,6 +119,7 @@ class RoundSettings:
     robust: Robust = Robust.NONE
     trim: Annotated[float, Range(0.0, 0.5)] = 0.2
     iterations: Annotated[int, Range(1, 1000)] = 50
+    update_bytes: Annotated[int, Range(0, limits.MAX_UPDATE)] = 0
     privacy: PrivacySettings | None = None
     defence: Defence | None = None
     quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
@@ -139,6 +143,10 @@ class RoundSettings:
                 if given:
                     raise ConfigError(f"{name} is for split mode: set {name} = {none}, or mode = 'split'")
 
+        if self.update_bytes and (self.error_feedback or self.privacy is not None):
+            raise ConfigError(
+                "update_bytes goes neither with error_feedback nor with privacy: leave it out, or set update_bytes = 0"
+            )
         if self.defence is not None and self.mode is Mode.SPLIT:
             raise ConfigError(
                 "defence looks at single updates, which split mode hides: set bucket and robust, or mode = 'plain'"

@@ -133,7 +133,7 @@ def prepare(
         residual = None
     elif residual is None:
         residual = np.zeros(grid.dimension, dtype=np.float32)
-    quantized = quantize(trained.delta, grid, weight=weight, rng=rng, residual=residual)
+    quantized = quantize(scheme.travelling(trained.delta), grid, weight=weight, rng=rng, residual=residual)
     # As large as the model, and what follows needs room.
     del residual
     contribution = Contribution(

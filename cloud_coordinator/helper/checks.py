@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 from fleetfed.cloud_coordinator.helper.events import Claim, Key
@@ -149,6 +149,9 @@ def layout_of(plan: Plan) -> LaneLayout:
         RemoteProtocolError: `WRONG_SHAPE`: the plan does not fit together.
     """
     tensors = len(plan.quantization.clips)
+    if plan.projection is not None:
+        # The model is not known here; what travels is, and that alone matters.
+        plan = replace(plan, projection=None, dimension=plan.projection.dimension)
     if plan.dimension < tensors:
         raise _refused(RejectReason.WRONG_SHAPE, f"{plan.dimension} values in {tensors} tensors")
     return scheme_of(plan, (plan.dimension - tensors + 1, *(1,) * (tensors - 1))).ring.layout

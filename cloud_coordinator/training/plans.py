@@ -5,7 +5,9 @@ from __future__ import annotations
 from fleetfed.cloud_coordinator.config import RoundSettings
 from fleetfed.cloud_coordinator.privacy.settings import quantization_of
 from fleetfed.cloud_coordinator.storage.records import VersionRecord
+from fleetfed.cloud_coordinator.training.basis import Covariances, choose
 from fleetfed.shared.aggregate.lanes import choose_lane_bits
+from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.wire.masking import Split
 from fleetfed.shared.wire.messages import Eligibility, Plan, Quantization, Quorum
 from fleetfed.shared.wire.privacy import Privacy
@@ -24,6 +26,8 @@ def make_plan(
     policy: int = 0,
     privacy: Privacy | None = None,
     quarantined: tuple[str, ...] = (),
+    card: ModelCard | None = None,
+    covariances: Covariances | None = None,
 ) -> Plan:
     """Return the plan of round ``number``.
 
@@ -39,16 +43,24 @@ def make_plan(
         policy: version of the pinned policy in force.
         privacy: what the settings' privacy comes to for this model; None without it.
         quarantined: devices that are set aside.
+        card, covariances: of the model and of earlier rounds, where updates have a budget.
 
     Raises:
+        ConfigError: an update cannot be made as small as the settings ask for.
         ValueError: no lane is wide enough for so many contributions of so many bits.
     """
+    quantization = _quantization(settings, base, dimension=dimension, privacy=privacy)
+    projection = None
+    if settings.update_bytes and card is not None:
+        projection = choose(
+            card, covariances or {}, budget=settings.update_bytes, lane_bits=quantization.lane_bits, nonce=nonce
+        )
     return Plan(
         round=number,
         model_version=base.version,
         model_sha256=base.sha256,
         dimension=dimension,
-        quantization=_quantization(settings, base, dimension=dimension, privacy=privacy),
+        quantization=quantization,
         training=settings.training,
         eligibility=Eligibility(
             fraction=settings.fraction,
@@ -69,6 +81,7 @@ def make_plan(
         split=split,
         policy=policy,
         privacy=privacy,
+        projection=projection,
         defence=settings.defence,
     )
 

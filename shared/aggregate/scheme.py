@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fleetfed.shared.aggregate.accumulator import Ring
+from fleetfed.shared.aggregate.projection import Floats, Matrix, check_projection, lift, project
 from fleetfed.shared.aggregate.quantize import Grid
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.privacy.mechanism import check_privacy, ring_noise
 from fleetfed.shared.wire.messages import Mode, Plan
+from fleetfed.shared.wire.projection import Projection
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +20,22 @@ class Scheme:
     Attributes:
         ring: lanes, meta words and limits; its dimension is that of the vectors that travel.
         grid: the integers that a device may say, for the coordinates that travel.
+        sizes: values of each tensor of the model.
+        projection: how they travel; None for as they are.
     """
 
     ring: Ring
     grid: Grid
+    sizes: tuple[int, ...] = ()
+    projection: Projection | None = None
+
+    def travelling(self, delta: Floats) -> Floats:
+        """What travels of an update, shape (grid.dimension,); the update itself where all of it does."""
+        return delta if self.projection is None else project(delta, self.projection, self.sizes)
+
+    def lifted(self, mean: Matrix) -> Matrix:
+        """The model's update from the mean of what travelled."""
+        return mean if self.projection is None else lift(mean, self.projection, self.sizes)
 
 
 def scheme_of(plan: Plan, sizes: tuple[int, ...]) -> Scheme:
@@ -44,8 +58,14 @@ def scheme_of(plan: Plan, sizes: tuple[int, ...]) -> Scheme:
         if (plan.mode is Mode.SPLIT) != (plan.split is not None):
             raise ValueError(f"a plan in {plan.mode} mode {'without' if plan.split is None else 'with'} masks")
         check_privacy(plan)
+        travelling = sizes
+        if plan.projection is not None:
+            if plan.privacy is not None or quantization.error_feedback:
+                raise ValueError("a projection goes neither with differential privacy nor with error feedback")
+            check_projection(plan.projection, sizes)
+            travelling = plan.projection.sizes
         ring = Ring.of(
-            sizes,
+            travelling,
             bits=quantization.bits,
             lane_bits=quantization.lane_bits,
             weight_cap=quantization.weight_cap,
@@ -54,7 +74,7 @@ def scheme_of(plan: Plan, sizes: tuple[int, ...]) -> Scheme:
         )
         if plan.quorum.cohort_cap > ring.capacity:
             raise ValueError(f"a cohort of {plan.quorum.cohort_cap} on a ring for {ring.capacity}")
-        grid = Grid(sizes, quantization.clips, quantization.bits, quantization.weight_cap)
+        grid = Grid(travelling, quantization.clips, quantization.bits, quantization.weight_cap)
     except ValueError as error:
         raise RemoteProtocolError(RejectReason.WRONG_SHAPE, str(error)) from error
-    return Scheme(ring=ring, grid=grid)
+    return Scheme(ring=ring, grid=grid, sizes=sizes, projection=plan.projection)

@@ -53,6 +53,10 @@ MAX_PATCH_CHAIN: Final = 16
 
 MAX_TENSORS: Final = 1024
 MAX_REVOKED: Final = 100_000
+MAX_BASIS: Final = 96 * KIB
+"""Numbers of one basis of a projection; a plan must hold them all."""
+MAX_SIDE: Final = 65_536
+"""Rows or columns of a tensor that is projected."""
 MAX_QUARANTINED: Final = 1000
 """Devices that a plan may set aside."""
 

@@ -29,6 +29,7 @@ from fleetfed.shared.wire.fields import (
 )
 from fleetfed.shared.wire.masking import Bucket, NonceHash, Split
 from fleetfed.shared.wire.privacy import Privacy
+from fleetfed.shared.wire.projection import Projection
 
 # --- Objects that are fetched by content -----------------------------------------------------------------------------
 
@@ -215,6 +216,7 @@ class Plan:
         nonce: random; makes each round's selection its own.
         split: how updates are masked; present in split mode, and only there.
         privacy: the differential privacy that devices, gateways and coordinator uphold; None for none.
+        projection: how updates travel as a few numbers for each large tensor; None for every value.
         defence: how leaf gateways meet outliers, in plain mode; None for not at all.
         policy: version of the pinned policy that it was made under; 0 where the fleet has none.
     """
@@ -236,6 +238,7 @@ class Plan:
     nonce: Bytes16
     split: Split | None = None
     privacy: Privacy | None = None
+    projection: Projection | None = None
     defence: Defence | None = None
     policy: Count = 0
 

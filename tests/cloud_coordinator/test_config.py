@@ -77,7 +77,7 @@ def test_split_settings_that_cannot_work_are_refused_with_what_to_do(tmp_path: P
 
 @pytest.mark.parametrize("text", ["bucket = 64\n", "seed_holders = 2\n", 'robust = "geometric_median"\n'])
 def test_what_only_split_mode_has_is_refused_in_plain_mode(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ConfigError, match="is for split mode: set .* = .*, or mode = 'split'"):
+    with pytest.raises(ConfigError, match=r"is for split mode: set .* = .*, or mode = 'split'"):
         load(tmp_path, BASE + "[rounds]\n" + text)
 
 

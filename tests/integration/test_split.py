@@ -6,6 +6,7 @@ Every role is a process of its own, over TLS and the embedded broker.
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from fleetfed_testing.local_fleet import LocalFleet, running
 
 from fleetfed.cloud_coordinator.demo.layout import BROKER, COORDINATOR
+from fleetfed.shared.wire import limits
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -49,6 +51,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 async def test_masked_rounds_make_the_same_files_as_plain_ones(tmp_path: Path, plain: list[str]) -> None:
     assert await models(tmp_path / "flat") == plain
     assert await models(tmp_path / "two", gateways=2, tiers=2) == plain
+
+
+async def test_updates_within_a_budget_make_one_file_whatever_the_tree(tmp_path: Path) -> None:
+    small = {**SPLIT, "error_feedback": False, "update_bytes": 6000}
+    made = await models(tmp_path / "two", small, gateways=2, tiers=2)
+    assert await models(tmp_path / "flat", small) == made
+    for status in (tmp_path / "flat").rglob("status.json"):
+        for row in json.loads(status.read_text()).get("rounds", []):
+            assert row.get("update_bytes", 0) < 6000 + limits.MAX_HEAD
 
 
 @pytest.mark.slow
