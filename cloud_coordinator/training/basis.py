@@ -59,7 +59,8 @@ def choose(
     shapes = {tensor: shape for tensor, slot in enumerate(card.tensors) if (shape := _matrix(slot.shape))}
     whole = sum(size for tensor, size in enumerate(sizes) if tensor not in shapes)
     room -= whole
-    ranks = _ranks(shapes, room)
+    spectra = _spectra(shapes, covariances)
+    ranks = _ranks(shapes, room) if spectra is None else _ranks_by_energy(shapes, spectra, room)
     if not ranks:
         least = whole + sum(max(shape) for shape in shapes.values())
         bytes_ = 8 * (math.ceil(least / (WORD_BITS // lane_bits)) + meta_words(len(sizes))) + TAG_SIZE
@@ -134,6 +135,40 @@ def _ranks(shapes: Mapping[int, tuple[int, int]], room: int) -> dict[int, int]:
             break
         best = ranks
     return best
+
+
+def _spectra(shapes: Mapping[int, tuple[int, int]], covariances: Covariances) -> dict[int, NDArray[np.float64]] | None:
+    """Eigenvalues of every tensor's covariance, largest first; None where one is not known yet."""
+    found = {}
+    for tensor, shape in shapes.items():
+        covariance = covariances.get(tensor)
+        if covariance is None or covariance.shape != (min(shape), min(shape)):
+            return None
+        found[tensor] = np.linalg.eigvalsh(covariance.astype(np.float64))[::-1]
+    return found
+
+
+def _ranks_by_energy(
+    shapes: Mapping[int, tuple[int, int]], spectra: Mapping[int, NDArray[np.float64]], room: int
+) -> dict[int, int]:
+    """Room where it holds most energy for each number that travels, and a little for every tensor to look around."""
+    ranks = {tensor: max(2, min(shape) // 32) for tensor, shape in shapes.items()}
+    ranks = {tensor: min(rank, min(shapes[tensor]) - 1) for tensor, rank in ranks.items()}
+    left = room - sum(rank * max(shapes[tensor]) for tensor, rank in ranks.items())
+    if left < 0:
+        return _ranks(shapes, room)
+    basis = limits.MAX_BASIS - sum(rank * min(shapes[tensor]) for tensor, rank in ranks.items())
+    gains = [
+        (-value / max(shapes[tensor]), place, tensor)
+        for tensor, values in spectra.items()
+        for place, value in enumerate(values[: min(shapes[tensor]) - 1 - ranks[tensor]])
+    ]
+    for _, _, tensor in sorted(gains):
+        short, long = min(shapes[tensor]), max(shapes[tensor])
+        if long <= left and short <= basis:
+            ranks[tensor] += 1
+            left, basis = left - long, basis - short
+    return ranks
 
 
 def _basis(rank: int, covariance: NDArray[np.float32], rng: np.random.Generator) -> bytes:
