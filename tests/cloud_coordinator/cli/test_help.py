@@ -39,7 +39,7 @@ def test_the_commands_are_those_of_the_manual() -> None:
     wanted = {
         "round": {"start", "pause", "resume", "abort", "status", "watch"},
         "model": {"build", "publish", "list", "show", "rollback", "export"},
-        "fleet": {"list", "show"},
+        "fleet": {"list", "show", "quarantine", "release"},
         "privacy": {"plan", "explain"},
         "keys": {"init", "issue", "revoke", "list", "crl", "policy", "sign", "renew", "rotate", "publish", "status"},
         "coordinator": {"init", "run"},
