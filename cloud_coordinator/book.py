@@ -29,10 +29,9 @@ from fleetfed.cloud_coordinator.storage.records import ExchangeRecord, RevealRes
 from fleetfed.cloud_coordinator.storage.restore import own_message, restore_round
 from fleetfed.cloud_coordinator.storage.rows import GOOD
 from fleetfed.cloud_coordinator.storage.store import Store
-from fleetfed.cloud_coordinator.training.basis import Covariances
 from fleetfed.cloud_coordinator.training.plans import make_plan
 from fleetfed.cloud_coordinator.training.robust import Robust, RobustRule
-from fleetfed.cloud_coordinator.training.step import ServerState, ring_of
+from fleetfed.cloud_coordinator.training.step import ring_of
 from fleetfed.cloud_coordinator.training.sums import RoundSum, encode_parts
 from fleetfed.shared.aggregate.accumulator import Partial
 from fleetfed.shared.errors import ConfigError, RejectReason, RemoteProtocolError
@@ -105,7 +104,6 @@ class RoundBook:
         self.asides = Asides(store)
         self._config = config
         self._store = store
-        self._blobs = blobs
         self._verifier = verifier
         self._sign = sign
         self._randomness = randomness
@@ -233,7 +231,6 @@ class RoundBook:
                 privacy=privacy,
                 quarantined=self.asides.devices(),
                 card=card,
-                covariances=self._covariances(settings, base),
             )
         except ValueError as error:
             raise RemoteProtocolError(RejectReason.WRONG_SHAPE, str(error)) from error
@@ -242,11 +239,6 @@ class RoundBook:
             self.privacy.check(plan, settings.privacy)
         self._verifier.check_plan(plan, now=now)
         return plan
-
-    def _covariances(self, settings: RoundSettings, base: VersionRecord) -> Covariances:
-        if not settings.update_bytes or base.state is None:
-            return {}
-        return ServerState.decode(self._blobs.get(base.state)).covariances
 
     def _refused(self, error: RemoteProtocolError) -> ev.OpenRefused:
         self._rejected.add(error.reason)

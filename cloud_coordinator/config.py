@@ -86,9 +86,9 @@ class RoundSettings:
             ``geometric_median``.
         trim: for ``trimmed_mean``, the part of the buckets to leave out at either end.
         iterations: for ``geometric_median``.
-        update_bytes: most bytes of a masked update's body: of the large tensors only projections travel, on bases that
-            the plan gives (docs/adr/0010); 0 sends every value. Fewer bits in ``[clips]`` and a smaller cohort_cap
-            leave room for more.
+        update_bytes: most bytes of a masked update's body: devices train the largest layers within a subspace, new in
+            every round, of which so much fits (docs/adr/0010); 0 sends every value. Fewer bits in ``[clips]`` and a
+            smaller cohort_cap leave room for more.
         privacy: differential privacy (``[rounds.privacy]``); none without it.
         defence: in plain mode, how gateways meet updates that do not look like the others (``[rounds.defence]``); none
             without it.

@@ -29,6 +29,7 @@ from fleetfed.shared.dataset import Dataset
 from fleetfed.shared.errors import ConfigError, FleetFedError
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.wire.messages import DeclineReason, Eligibility, Optimizer, Training
+from fleetfed.shared.wire.projection import Projection
 
 if TYPE_CHECKING:
     from fleetfed.shared.model import interpreter
@@ -67,6 +68,7 @@ class Task:
         card: the model's card.
         model: the file to start from; not to be changed.
         rng: source of all randomness.
+        projection: what travels of the delta; a trainer that moves nothing else loses nothing. None for all of it.
         cancelled: whether to give up; ask it often.
     """
 
@@ -76,6 +78,7 @@ class Task:
     model: Path
     rng: np.random.Generator
     cancelled: Callable[[], bool]
+    projection: Projection | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -207,6 +210,11 @@ class TfliteTrainer:
         """Train; return the trained weights."""
         model = self._model(task)
         optimizer = _optimizer(task.training)
+        confined = None
+        if task.projection is not None:
+            from fleetfed.device.confined import Confined
+
+            confined = Confined(model, task.projection, optimizer)
         batch, limit = task.card.batch, task.training.max_steps
         within = np.arange(batch)
         for _ in range(task.training.epochs):
@@ -217,7 +225,10 @@ class TfliteTrainer:
                 if task.cancelled():
                     raise TrainingCancelledError
                 x, y = training.batch(order[start : start + batch])
-                loss = model.train_epoch(x, y, optimizer=optimizer, order=within[: len(y)])
+                if confined is None:
+                    loss = model.train_epoch(x, y, optimizer=optimizer, order=within[: len(y)])
+                else:
+                    loss = confined.step(x, y)
                 if not np.isfinite(loss):
                     raise TrainingDeclinedError(DeclineReason.DIVERGED, f"loss {loss} after {steps.count} steps")
                 if not steps.count:
@@ -225,7 +236,7 @@ class TfliteTrainer:
                     _release(task.card)
                 steps.add(loss, len(y))
         _release(task.card)
-        return model.get_weights()
+        return model.get_weights() if confined is None else confined.get_weights()
 
     def _evaluate(self, task: Task, data: Dataset, weights: Floats | None) -> _Score:
         """Score the file's model, or the same with other weights."""

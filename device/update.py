@@ -20,6 +20,7 @@ from fleetfed.shared.aggregate.accumulator import Ring
 from fleetfed.shared.aggregate.body import encode_body
 from fleetfed.shared.aggregate.lanes import Values, Words
 from fleetfed.shared.aggregate.meta import Contribution
+from fleetfed.shared.aggregate.projection import check_projection
 from fleetfed.shared.aggregate.quantize import NonFiniteDeltaError, quantize
 from fleetfed.shared.aggregate.scheme import scheme_of
 from fleetfed.shared.errors import LocalProtocolError
@@ -95,13 +96,18 @@ def check_plan(plan: Plan, card: ModelCard) -> None:
     """Refuse a plan that does not fit its model.
 
     Raises:
-        LocalProtocolError: other tensors or parameters than the card's.
+        LocalProtocolError: other tensors or parameters than the card's, or a projection that does not fit them.
     """
     if plan.dimension != card.parameters or len(plan.quantization.clips) != len(card.tensors):
         raise LocalProtocolError(
             f"the plan is for {plan.dimension} values in {len(plan.quantization.clips)} tensors, "
             f"the model has {card.parameters} in {len(card.tensors)}"
         )
+    if plan.projection is not None:
+        try:
+            check_projection(plan.projection, tuple(slot.size for slot in card.tensors))
+        except ValueError as error:
+            raise LocalProtocolError(f"the plan's projection: {error}") from error
 
 
 def prepare(

@@ -158,6 +158,7 @@ def work(trainer: Trainer, job: Job, cancelled: Callable[[], bool]) -> Finished:
             model=job.model,
             rng=training_rng,
             cancelled=cancelled,
+            projection=job.plan.projection,
         )
     )
     prepared = update.prepare(trained, job.plan, job.card, rng=rounding_rng, residual=job.residual())

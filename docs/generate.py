@@ -31,7 +31,7 @@ from fleetfed.shared import errors
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.machine import Machine
 from fleetfed.shared.trust.verifier import SPEAKERS
-from fleetfed.shared.wire import defence, masking, messages, privacy, topics, trust
+from fleetfed.shared.wire import defence, masking, messages, privacy, projection, topics, trust
 from fleetfed.shared.wire.envelope import BODY_LIMITS
 
 DOCS = Path(__file__).parent
@@ -113,7 +113,9 @@ def _own_dataclasses(module: types.ModuleType) -> list[type]:
 def message_tables() -> str:
     """Every body, field by field."""
     parts = []
-    for cls in (each for module in (messages, masking, privacy, defence, trust) for each in _own_dataclasses(module)):
+    for cls in (
+        each for module in (messages, masking, privacy, projection, defence, trust) for each in _own_dataclasses(module)
+    ):
         hints = typing.get_type_hints(cls, include_extras=True)
         rows = [
             (

@@ -150,6 +150,8 @@ def layout_of(plan: Plan) -> LaneLayout:
     """
     tensors = len(plan.quantization.clips)
     if plan.projection is not None:
+        if plan.projection.dimension > plan.dimension:
+            raise _refused(RejectReason.WRONG_SHAPE, f"{plan.projection.dimension} values travel of {plan.dimension}")
         # The model is not known here; what travels is, and that alone matters.
         plan = replace(plan, projection=None, dimension=plan.projection.dimension)
     if plan.dimension < tensors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fleetfed.cloud_coordinator.config import RoundSettings
 from fleetfed.cloud_coordinator.privacy.settings import quantization_of
 from fleetfed.cloud_coordinator.storage.records import VersionRecord
-from fleetfed.cloud_coordinator.training.basis import Covariances, choose
+from fleetfed.cloud_coordinator.training.basis import choose
 from fleetfed.shared.aggregate.lanes import choose_lane_bits
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.wire.masking import Split
@@ -27,7 +27,6 @@ def make_plan(
     privacy: Privacy | None = None,
     quarantined: tuple[str, ...] = (),
     card: ModelCard | None = None,
-    covariances: Covariances | None = None,
 ) -> Plan:
     """Return the plan of round ``number``.
 
@@ -43,7 +42,7 @@ def make_plan(
         policy: version of the pinned policy in force.
         privacy: what the settings' privacy comes to for this model; None without it.
         quarantined: devices that are set aside.
-        card, covariances: of the model and of earlier rounds, where updates have a budget.
+        card: of the model, where updates have a budget.
 
     Raises:
         ConfigError: an update cannot be made as small as the settings ask for.
@@ -52,9 +51,7 @@ def make_plan(
     quantization = _quantization(settings, base, dimension=dimension, privacy=privacy)
     projection = None
     if settings.update_bytes and card is not None:
-        projection = choose(
-            card, covariances or {}, budget=settings.update_bytes, lane_bits=quantization.lane_bits, nonce=nonce
-        )
+        projection = choose(card, budget=settings.update_bytes, lane_bits=quantization.lane_bits, seed=nonce)
     return Plan(
         round=number,
         model_version=base.version,

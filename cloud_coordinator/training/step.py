@@ -10,7 +10,6 @@ what the patch makes of the base, which is what every device will hold.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -22,7 +21,6 @@ from fleetfed.cloud_coordinator.config import PatchConfig
 from fleetfed.cloud_coordinator.privacy.matrix import MatrixState
 from fleetfed.cloud_coordinator.privacy.noising import Noise, add_coordinator_noise
 from fleetfed.cloud_coordinator.privacy.settings import PrivacySettings, next_norm
-from fleetfed.cloud_coordinator.training.basis import Covariances, remember
 from fleetfed.cloud_coordinator.training.clips import ClipConfig, ClipState, next_clips
 from fleetfed.cloud_coordinator.training.optimizers import OptimizerConfig, make_optimizer
 from fleetfed.cloud_coordinator.training.robust import Robust, RobustRule
@@ -50,20 +48,17 @@ class ServerState:
     Attributes:
         optimizer: `optimizers.ServerOptimizer.state`; empty for the initial one.
         name: which optimizer's state it is.
-        covariances: of earlier rounds' means, by tensor, from which bases are chosen.
         residual: what the last patch lost, float32 of shape (dimension,); None for nothing.
     """
 
     optimizer: bytes = b""
     name: str = ""
     residual: Weights | None = None
-    covariances: Covariances = field(default_factory=dict)
 
     def encode(self) -> bytes:
         """The state's bytes, for the blob store."""
         residual = b"" if self.residual is None else self.residual.astype("<f4").tobytes()
-        covariances = {tensor: each.astype("<f4").tobytes() for tensor, each in self.covariances.items()}
-        packed = msgpack.packb([2, self.name, self.optimizer, residual, covariances], use_bin_type=True)
+        packed = msgpack.packb([1, self.name, self.optimizer, residual], use_bin_type=True)
         assert isinstance(packed, bytes)
         return packed
 
@@ -75,27 +70,13 @@ class ServerState:
             StorageError: it is damaged.
         """
         try:
-            version, name, optimizer, residual, *rest = msgpack.unpackb(
-                data, max_bin_len=len(data), strict_map_key=False
-            )
-            if version not in (1, 2):
+            version, name, optimizer, residual = msgpack.unpackb(data, max_bin_len=len(data))
+            if version != 1:
                 raise StorageError(f"server state of version {version}")
             values: Any = np.frombuffer(residual, dtype="<f4")
-            covariances = {int(tensor): _square(each) for tensor, each in (rest[0] if rest else {}).items()}
         except (ValueError, TypeError) as error:
             raise StorageError(f"the stored server state is damaged: {error}") from error
-        return cls(
-            name=name,
-            optimizer=optimizer,
-            residual=values.astype(np.float32) if len(values) else None,
-            covariances=covariances,
-        )
-
-
-def _square(data: bytes) -> NDArray[np.float32]:
-    values = np.frombuffer(data, dtype="<f4").astype(np.float32)
-    side = math.isqrt(values.size)
-    return values.reshape(side, side)
+        return cls(name=name, optimizer=optimizer, residual=values.astype(np.float32) if len(values) else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,11 +153,9 @@ def take_step(
     """
     scheme = scheme_for(plan, card)
     try:
-        vector, meta, kept = _mean(total, plan, scheme.grid, robust, noise)
-        vector = scheme.lifted(vector)
-        covariances = state.covariances
-        if plan.projection is not None:
-            covariances = remember(covariances, vector, plan.projection, card)
+        mean, meta, kept = _mean(total, plan, scheme.grid, robust, noise)
+        vector = scheme.lifted(mean)
+        del mean
         optimizer = make_optimizer(config.optimizer, plan.dimension)
         # Another optimizer, since the settings changed, begins anew: moments mean nothing to it.
         if state.name == config.optimizer.name:
@@ -201,12 +180,7 @@ def take_step(
         raise StepError(f"the round's sum cannot be applied: {error}") from error
     return Step(
         patched=patched,
-        state=ServerState(
-            name=config.optimizer.name.value,
-            optimizer=optimizer.state(),
-            residual=patched.residual,
-            covariances=covariances,
-        ),
+        state=ServerState(name=config.optimizer.name.value, optimizer=optimizer.state(), residual=patched.residual),
         clips=after,
         meta=meta,
         noise=kept,

@@ -1,27 +1,28 @@
-"""Updates as projections: linear and public, so that sums of projections are projections of sums, masked or not.
+"""Updates within a public subspace: linear, so that sums of projections are projections of sums, masked or not.
 
-A plan may give a basis for each large tensor. Seen as a matrix X, with the last axis as its columns, the tensor then
-travels as ``B^T X`` (or ``X B``), where the columns of B are normalized. The coordinator lifts the mean of what
-travelled to the nearest matrix that has it: ``B (B^T B)^-1 Y``. What lies outside of the basis is lost in that round,
-and the basis is chosen anew for the next (`training.basis` of the coordinator, which alone lifts).
+A plan may give each large tensor a basis B of random signs, drawn from the plan's seed and new in every round. Written
+as a matrix X, the tensor then travels as ``B^T X``, which is ``rank / rows`` of its values, and the coordinator lifts
+the mean of what travelled to the nearest matrix that has it: ``B (B^T B)^-1 Y``. An update of the form ``B Z`` comes
+back whole, so devices train ``Z`` (`device.confined`) and nothing of what they learned is thrown away.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetfed.shared.wire.projection import Factor, Projection, Side
+from fleetfed.shared.wire.projection import Factor, Projection
 
 Floats = NDArray[np.floating[Any]]
 Matrix = NDArray[np.float64]
 
 
 def check_projection(projection: Projection, sizes: tuple[int, ...]) -> None:
-    """Refuse a projection that does not fit the model.
+    """Refuse a projection that does not fit the model, or whose bases would be larger than it.
 
     Args:
         projection: the plan's.
@@ -37,89 +38,82 @@ def check_projection(projection: Projection, sizes: tuple[int, ...]) -> None:
             raise ValueError(f"a basis for tensor {factor.tensor} of {len(sizes)} after {last}")
         last = factor.tensor
         columns, left = divmod(sizes[last], factor.rows)
-        given = factor.rows * factor.rank if not factor.seed else 0
-        if left or not columns or not factor.rank < factor.rows or len(factor.basis) != given:
-            raise ValueError(
-                f"a basis of {len(factor.basis)} numbers, {factor.rows} rows and rank {factor.rank} for {sizes[last]} "
-                "values"
-            )
+        if left or not 0 < factor.rank < factor.rows or factor.rank > columns:
+            raise ValueError(f"a basis of {factor.rows} rows and rank {factor.rank} for {sizes[last]} values")
         travelling[last] = factor.rank * columns
     if tuple(travelling) != projection.sizes:
         raise ValueError(f"{projection.dimension} values are said to travel, {sum(travelling)} do")
 
 
-def basis_of(factor: Factor) -> Matrix:
-    """The normalized basis, float64 of shape (rows, rank); a column of zeros stays one."""
-    if factor.seed:
-        bits = np.unpackbits(np.frombuffer(_stream(factor), dtype=np.uint8), count=factor.rows * factor.rank)
-        signs = 2 * bits.astype(np.int8) - np.int8(1)
-    else:
-        signs = np.frombuffer(factor.basis, dtype=np.int8)
-    columns = signs.reshape(factor.rank, -1).astype(np.float64)
-    lengths = np.sqrt(np.square(columns).sum(axis=1))
-    return np.ascontiguousarray((columns / np.where(lengths > 0, lengths, 1.0)[:, None]).T)
-
-
-def _stream(factor: Factor) -> bytes:
-    """Bits for a basis of random signs: SHAKE-128 of seed and tensor."""
-    label = b"ff-signs" + factor.seed + factor.tensor.to_bytes(4, "little")
-    return hashlib.shake_128(label).digest(-(-factor.rows * factor.rank // 8))
-
-
-def project(delta: Floats, projection: Projection, sizes: tuple[int, ...]) -> Floats:
-    """What travels of an update.
+class Subspace:
+    """A projection's bases.
 
     Args:
-        delta: float32 or float64, shape (sum of sizes,). Not changed.
         projection: fits ``sizes`` (`check_projection`).
         sizes: values of each tensor.
-
-    Returns:
-        The same dtype, shape (projection.dimension,).
+        by_rows: normalize the rows of the bases instead of their columns: a value then moves about as far as one of
+            the numbers that it is made of.
     """
-    factors = {factor.tensor: factor for factor in projection.factors}
-    out = np.empty(projection.dimension, dtype=delta.dtype)
-    at = to = 0
-    for tensor, (size, travelling) in enumerate(zip(sizes, projection.sizes, strict=True)):
-        part, target = delta[at : at + size], out[to : to + travelling]
-        at, to = at + size, to + travelling
-        factor = factors.get(tensor)
-        if factor is None:
-            target[:] = part
-            continue
-        basis = basis_of(factor).astype(delta.dtype)
-        if factor.side is Side.ROWS:
-            np.matmul(basis.T, part.reshape(len(basis), -1), out=target.reshape(factor.rank, -1))
-        else:
-            np.matmul(part.reshape(-1, len(basis)), basis, out=target.reshape(-1, factor.rank))
-    return out
+
+    def __init__(self, projection: Projection, sizes: tuple[int, ...], *, by_rows: bool = False) -> None:
+        self.dimension = projection.dimension
+        self.parameters = sum(sizes)
+        self._sizes = tuple(zip(sizes, projection.sizes, strict=True))
+        self._bases = {factor.tensor: _basis(projection.seed, factor, by_rows) for factor in projection.factors}
+
+    def project(self, delta: Floats) -> Floats:
+        """What travels: ``B^T X``, of the dtype of ``delta``, which has shape (parameters,) and is not changed."""
+        out = np.empty(self.dimension, dtype=delta.dtype)
+        for basis, whole, small in self._spans(delta, out):
+            if basis is None:
+                small[:] = whole
+            else:
+                typed = basis.astype(delta.dtype, copy=False)
+                np.matmul(typed.T, whole.reshape(len(basis), -1), out=small.reshape(basis.shape[1], -1))
+        return out
+
+    def expand(self, numbers: Floats) -> Floats:
+        """``B Z``: the update that ``numbers``, of shape (dimension,), stand for; of their dtype."""
+        out = np.empty(self.parameters, dtype=numbers.dtype)
+        for basis, whole, small in self._spans(out, numbers):
+            if basis is None:
+                whole[:] = small
+            else:
+                typed = basis.astype(numbers.dtype, copy=False)
+                np.matmul(typed, small.reshape(basis.shape[1], -1), out=whole.reshape(len(basis), -1))
+        return out
+
+    def lift(self, mean: Matrix) -> Matrix:
+        """The nearest update to what travelled, float64 of shape (parameters,).
+
+        Without BLAS, whose order of additions changes with the number of threads.
+
+        Args:
+            mean: float64, shape (dimension,).
+        """
+        out = np.empty(self.parameters)
+        for basis, whole, small in self._spans(out, mean):
+            if basis is None:
+                whole[:] = small
+                continue
+            exact = basis.astype(np.float64)
+            gram = np.einsum("ij,ik->jk", exact, exact)
+            # In a small basis two columns of signs may be the same: then the shortest solution.
+            dual = np.einsum("ij,jk->ik", exact, np.linalg.pinv(gram, hermitian=True))
+            np.einsum("ij,jk->ik", dual, small.reshape(exact.shape[1], -1), out=whole.reshape(len(exact), -1))
+        return out
+
+    def _spans(self, whole: Floats, small: Floats) -> Iterator[tuple[NDArray[np.float32] | None, Floats, Floats]]:
+        at = to = 0
+        for tensor, (size, travelling) in enumerate(self._sizes):
+            yield self._bases.get(tensor), whole[at : at + size], small[to : to + travelling]
+            at, to = at + size, to + travelling
 
 
-def lift(vector: Matrix, projection: Projection, sizes: tuple[int, ...]) -> Matrix:
-    """The nearest update to what travelled, float64 of shape (sum of sizes,).
-
-    Without BLAS, whose order of additions changes with the number of threads.
-
-    Args:
-        vector: float64, shape (projection.dimension,).
-        projection, sizes: as for `project`.
-    """
-    factors = {factor.tensor: factor for factor in projection.factors}
-    out = np.empty(sum(sizes))
-    at = to = 0
-    for tensor, (travelling, size) in enumerate(zip(projection.sizes, sizes, strict=True)):
-        part, target = vector[at : at + travelling], out[to : to + size]
-        at, to = at + travelling, to + size
-        factor = factors.get(tensor)
-        if factor is None:
-            target[:] = part
-            continue
-        basis = basis_of(factor)
-        # Two directions may be nearly the same one after rounding to int8: then the shortest solution.
-        dual = np.einsum("ij,jk->ik", basis, np.linalg.pinv(np.einsum("ij,ik->jk", basis, basis), hermitian=True))
-        if factor.side is Side.ROWS:
-            lifted = np.einsum("ij,jk->ik", dual, part.reshape(factor.rank, -1))
-        else:
-            lifted = np.einsum("ij,kj->ik", part.reshape(-1, factor.rank), dual)
-        target[:] = lifted.reshape(-1)
-    return out
+def _basis(seed: bytes, factor: Factor, by_rows: bool) -> NDArray[np.float32]:
+    """Signs times a constant, float32 of shape (rows, rank): bits of SHAKE-128 of seed and tensor, row by row."""
+    count = factor.rows * factor.rank
+    stream = hashlib.shake_128(b"ff-signs" + seed + factor.tensor.to_bytes(4, "little")).digest(-(-count // 8))
+    bits = np.unpackbits(np.frombuffer(stream, dtype=np.uint8), count=count, bitorder="little")
+    scale = np.float32((factor.rank if by_rows else factor.rows) ** -0.5)
+    return np.where(bits == 1, scale, -scale).reshape(factor.rows, factor.rank)

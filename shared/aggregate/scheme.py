@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fleetfed.shared.aggregate.accumulator import Ring
-from fleetfed.shared.aggregate.projection import Floats, Matrix, check_projection, lift, project
+from fleetfed.shared.aggregate.projection import Floats, Matrix, Subspace, check_projection
 from fleetfed.shared.aggregate.quantize import Grid
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.privacy.mechanism import check_privacy, ring_noise
@@ -31,11 +31,11 @@ class Scheme:
 
     def travelling(self, delta: Floats) -> Floats:
         """What travels of an update, shape (grid.dimension,); the update itself where all of it does."""
-        return delta if self.projection is None else project(delta, self.projection, self.sizes)
+        return delta if self.projection is None else Subspace(self.projection, self.sizes).project(delta)
 
     def lifted(self, mean: Matrix) -> Matrix:
         """The model's update from the mean of what travelled."""
-        return mean if self.projection is None else lift(mean, self.projection, self.sizes)
+        return mean if self.projection is None else Subspace(self.projection, self.sizes).lift(mean)
 
 
 def scheme_of(plan: Plan, sizes: tuple[int, ...]) -> Scheme:

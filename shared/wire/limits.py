@@ -53,10 +53,8 @@ MAX_PATCH_CHAIN: Final = 16
 
 MAX_TENSORS: Final = 1024
 MAX_REVOKED: Final = 100_000
-MAX_BASIS: Final = 96 * KIB
-"""Numbers of one basis of a projection; a plan must hold them all."""
-MAX_SIDE: Final = 65_536
-"""Rows or columns of a tensor that is projected."""
+MAX_ROWS: Final = 1024
+"""Rows of a basis that updates are projected on."""
 MAX_QUARANTINED: Final = 1000
 """Devices that a plan may set aside."""
 

@@ -14,7 +14,7 @@ from fleetfed_testing.signed_fleet import SignedFleet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetfed.cloud_coordinator.helper.checks import Job, verify
+from fleetfed.cloud_coordinator.helper.checks import Job, layout_of, verify
 from fleetfed.cloud_coordinator.helper.events import Key
 from fleetfed.cloud_coordinator.helper.state import SKEW
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
@@ -27,6 +27,7 @@ from fleetfed.shared.trust.verifier import Verifier
 from fleetfed.shared.wire.envelope import MessageKind
 from fleetfed.shared.wire.masking import MaskRequest
 from fleetfed.shared.wire.messages import Commit, Mode, Proposal, Revocations
+from fleetfed.shared.wire.projection import Factor, Projection
 from fleetfed.shared.wire.update import UpdateExtension
 
 DEVICES = ("d-1", "d-2", "d-3", "d-4")
@@ -518,3 +519,16 @@ def test_masks_are_given_exactly_where_every_site_keeps_every_rule(
     for part in job.add_up():
         total += np.frombuffer(part, dtype="<u8")
     assert total.tolist() == masks(bench, rnd, chosen)
+
+
+def test_masks_are_as_long_as_what_travels_and_never_longer_than_the_model(bench: Bench) -> None:
+    plan = bench.round("d-1").plan
+    size = plan.dimension
+    factors = (Factor(tensor=0, rows=2, rank=1),)
+    small = Projection(seed=bytes(16), factors=factors, sizes=(size - 2,))
+    assert layout_of(plan).dimension == size
+    assert layout_of(replace(plan, projection=small)).dimension == size - 2
+    large = replace(small, sizes=(size, 1))
+    with pytest.raises(RemoteProtocolError) as caught:
+        layout_of(replace(plan, projection=large))
+    assert caught.value.reason is RejectReason.WRONG_SHAPE

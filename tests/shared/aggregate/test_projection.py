@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -10,71 +11,97 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetfed.shared.aggregate.projection import basis_of, check_projection, lift, project
+from fleetfed.shared.aggregate.projection import Subspace, check_projection
 from fleetfed.shared.aggregate.scheme import scheme_of
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.messages import Plan, Quantization
-from fleetfed.shared.wire.projection import Factor, Projection, Side
+from fleetfed.shared.wire.projection import Factor, Projection
 
-SIZES = (12, 5, 20)
-"""A tensor of 3 x 4, one that travels whole, one of 5 x 4."""
-GIVEN = Factor(tensor=0, side=Side.ROWS, rows=3, rank=2, basis=bytes([127, 0, 0, 0, 127, 64]))
-DRAWN = Factor(tensor=2, side=Side.COLUMNS, rows=4, rank=1, seed=b"nonce")
-PROJECTION = Projection(factors=(GIVEN, DRAWN), sizes=(8, 5, 5))
+SIZES = (12, 5, 40)
+"""A tensor that is taken as 4 x 3, one that travels whole, one as 8 x 5."""
+SEED = bytes(range(16))
+FIRST = Factor(tensor=0, rows=4, rank=2)
+LAST = Factor(tensor=2, rows=8, rank=3)
+PROJECTION = Projection(seed=SEED, factors=(FIRST, LAST), sizes=(6, 5, 15))
+SUBSPACE = Subspace(PROJECTION, SIZES)
 
 
-def test_what_lies_in_the_basis_comes_back_and_the_rest_is_the_nearest() -> None:
-    rng = np.random.default_rng(1)
-    delta = rng.normal(size=sum(SIZES))
-    back = lift(project(delta, PROJECTION, SIZES), PROJECTION, SIZES)
-    assert np.array_equal(back[12:17], delta[12:17])
-    again = lift(project(back, PROJECTION, SIZES), PROJECTION, SIZES)
-    np.testing.assert_allclose(again, back, atol=1e-12)
-    # The error is orthogonal to the basis: nothing in it is nearer.
-    error = (delta - back)[:12].reshape(3, 4)
-    np.testing.assert_allclose(basis_of(GIVEN).T @ error, 0, atol=1e-12)
+def dense(projection: Projection = PROJECTION) -> np.ndarray:
+    """The whole projection as one matrix, drawn bit by bit."""
+    rows, at = [], 0
+    factors = {factor.tensor: factor for factor in projection.factors}
+    for tensor, size in enumerate(SIZES):
+        factor = factors.get(tensor)
+        if factor is None:
+            block = np.eye(size)
+        else:
+            stream = hashlib.shake_128(b"ff-signs" + projection.seed + tensor.to_bytes(4, "little")).digest(1000)
+            bits = [stream[i // 8] >> i % 8 & 1 for i in range(factor.rows * factor.rank)]
+            signs = (2 * np.array(bits) - 1).reshape(factor.rows, factor.rank) / np.sqrt(factor.rows)
+            block = np.kron(signs.T, np.eye(size // factor.rows))
+        full = np.zeros((len(block), sum(SIZES)))
+        full[:, at : at + size] = block
+        rows.append(full)
+        at += size
+    return np.concatenate(rows)
+
+
+def test_it_is_the_matrix_that_the_document_defines() -> None:
+    delta = np.random.default_rng(1).normal(size=sum(SIZES))
+    np.testing.assert_allclose(SUBSPACE.project(delta), dense() @ delta, atol=1e-6)
+    numbers = np.random.default_rng(2).normal(size=PROJECTION.dimension)
+    np.testing.assert_allclose(SUBSPACE.expand(numbers), dense().T @ numbers, atol=1e-6)
+    np.testing.assert_allclose(SUBSPACE.lift(numbers), np.linalg.pinv(dense(), rcond=1e-6) @ numbers, atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_what_lies_in_the_subspace_comes_back_whole(seed: int) -> None:
+    numbers = np.random.default_rng(seed).normal(size=PROJECTION.dimension)
+    update = SUBSPACE.expand(numbers)
+    np.testing.assert_allclose(SUBSPACE.lift(SUBSPACE.project(update)), update, atol=1e-9)
+    longer = Subspace(PROJECTION, SIZES, by_rows=True).expand(numbers)
+    np.testing.assert_allclose(SUBSPACE.lift(SUBSPACE.project(longer)), longer, atol=1e-9)
+
+
+def test_the_rest_is_lost_and_nothing_in_the_subspace_is_nearer() -> None:
+    delta = np.random.default_rng(1).normal(size=sum(SIZES))
+    error = delta - SUBSPACE.lift(SUBSPACE.project(delta))
+    assert np.abs(error).max() > 0.1
+    np.testing.assert_allclose(SUBSPACE.project(error), 0, atol=1e-9)
 
 
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**32), count=st.integers(1, 8))
 def test_a_sum_of_projections_is_the_projection_of_the_sum(seed: int, count: int) -> None:
     deltas = np.random.default_rng(seed).normal(size=(count, sum(SIZES)))
-    parts = sum(project(delta, PROJECTION, SIZES) for delta in deltas)
-    np.testing.assert_allclose(parts, project(deltas.sum(axis=0), PROJECTION, SIZES), atol=1e-9)
+    parts = sum(SUBSPACE.project(delta) for delta in deltas)
+    np.testing.assert_allclose(parts, SUBSPACE.project(deltas.sum(axis=0)), atol=1e-9)
 
 
-def test_a_basis_of_signs_is_drawn_alike_by_everybody() -> None:
-    signs = basis_of(DRAWN)
-    assert np.array_equal(np.abs(signs), np.full((4, 1), 0.5))
-    assert np.array_equal(signs, basis_of(replace(DRAWN)))
-    wide = replace(DRAWN, rows=256, rank=32)
-    gram = basis_of(wide).T @ basis_of(wide)
-    assert np.abs(gram - np.eye(32)).max() < 0.35
-    assert not np.array_equal(basis_of(wide), basis_of(replace(wide, seed=b"other")))
-    assert not np.array_equal(basis_of(wide), basis_of(replace(wide, tensor=1)))
-
-
-def test_a_basis_with_a_column_twice_or_of_nothing_lifts_without_trouble() -> None:
-    twice = Projection(factors=(replace(GIVEN, basis=bytes([1, 0, 0, 1, 0, 0])),), sizes=(8, 5, 20))
-    delta = np.arange(37.0)
-    back = lift(project(delta, twice, SIZES), twice, SIZES)
-    np.testing.assert_allclose(back[:4], delta[:4])
-    empty = replace(twice, factors=(replace(GIVEN, basis=bytes(6)),))
-    assert np.array_equal(lift(project(delta, empty, SIZES), empty, SIZES)[:12], np.zeros(12))
+def test_bases_are_drawn_alike_by_everybody_and_differ_by_round_and_tensor() -> None:
+    wide = Projection(seed=SEED, factors=(Factor(tensor=0, rows=256, rank=32),), sizes=(32 * 32,))
+    sizes = (256 * 32,)
+    numbers = np.random.default_rng(1).normal(size=32 * 32)
+    made = Subspace(wide, sizes).expand(numbers)
+    assert np.array_equal(made, Subspace(replace(wide), sizes).expand(numbers))
+    assert not np.array_equal(made, Subspace(replace(wide, seed=bytes(16)), sizes).expand(numbers))
+    # Nearly orthogonal: about as long as what it is made of.
+    assert 0.8 < np.linalg.norm(made) / np.linalg.norm(numbers) < 1.2
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        replace(PROJECTION, sizes=(8, 5, 6)),
-        replace(PROJECTION, factors=(DRAWN, GIVEN)),
-        replace(PROJECTION, factors=(GIVEN, GIVEN)),
-        replace(PROJECTION, factors=(replace(GIVEN, basis=bytes(5)),), sizes=(8, 5, 20)),
-        replace(PROJECTION, factors=(replace(GIVEN, rank=3, basis=bytes(9)),), sizes=(12, 5, 20)),
-        replace(PROJECTION, factors=(replace(GIVEN, rows=5, basis=bytes(10)),), sizes=(4, 5, 20)),
-        replace(PROJECTION, factors=(replace(DRAWN, basis=b"xxxx"),), sizes=(12, 5, 5)),
-        replace(PROJECTION, factors=(replace(GIVEN, tensor=3),), sizes=(8, 5, 20)),
+        replace(PROJECTION, sizes=(6, 5, 14)),
+        replace(PROJECTION, factors=(LAST, FIRST)),
+        replace(PROJECTION, factors=(FIRST, FIRST)),
+        replace(PROJECTION, factors=(replace(FIRST, rank=4), LAST), sizes=(12, 5, 15)),
+        replace(PROJECTION, factors=(replace(FIRST, rows=5), LAST), sizes=(4, 5, 15)),
+        replace(PROJECTION, factors=(FIRST, replace(LAST, rows=20, rank=5)), sizes=(6, 5, 10)),
+        replace(PROJECTION, factors=(FIRST, replace(LAST, tensor=3))),
+        replace(PROJECTION, sizes=(6, 5)),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(wrong: Projection) -> None:
@@ -87,7 +114,7 @@ def test_what_does_not_fit_the_model_is_refused(wrong: Projection) -> None:
 
 def plan(**changes: Any) -> Plan:
     quantization = Quantization(bits=4, lane_bits=16, clips=(1.0, 1.0, 1.0), weight_cap=1)
-    fields: dict[str, Any] = {"round": 1, "model_version": 1, "model_sha256": bytes(32), "dimension": 37}
+    fields: dict[str, Any] = {"round": 1, "model_version": 1, "model_sha256": bytes(32), "dimension": 57}
     fields |= {"quantization": quantization, "opened": 0, "deadline": 1, "expires": 2, "nonce": bytes(16)}
     return Plan(**fields | changes)
 
@@ -96,9 +123,10 @@ def test_the_scheme_is_over_what_travels() -> None:
     made = plan(projection=PROJECTION)
     raw = codec.encode(made)
     scheme = scheme_of(codec.decode(Plan, raw, limit=len(raw)), SIZES)
-    assert scheme.ring.layout.dimension == scheme.grid.dimension == 18
-    delta = np.arange(37.0)
-    assert np.array_equal(scheme.travelling(delta), project(delta, PROJECTION, SIZES))
+    assert scheme.ring.layout.dimension == scheme.grid.dimension == 26
+    delta = np.arange(57.0)
+    assert np.array_equal(scheme.travelling(delta), SUBSPACE.project(delta))
+    assert np.array_equal(scheme.lifted(np.arange(26.0)), SUBSPACE.lift(np.arange(26.0)))
     assert scheme_of(plan(), SIZES).travelling(delta) is delta
 
 
