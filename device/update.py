@@ -195,7 +195,8 @@ def _pack(plan: Plan, ring: Ring, values: Values, meta: Words, *, limit: int) ->
     """The body of plain mode, or the words of split mode, for which ``values`` are erased."""
     if plan.mode is not Mode.SPLIT:
         return encode_body(values, meta, limit=limit), None
-    words = ring.layout.pack(values, meta)
+    # Values are within their lanes, but for noise, which wraps as the sum would.
+    words = ring.layout.pack(values, meta, wrap=plan.privacy is not None)
     # The words are masked before they leave; what they were made of is not to outlive them.
     values.fill(0)
     return b"", words

@@ -120,12 +120,13 @@ class LaneLayout:
         """Return the sum of nothing: uint64 of shape (n_words,)."""
         return np.zeros(self.n_words, dtype=np.uint64)
 
-    def pack(self, values: Values, meta: Words) -> Words:
+    def pack(self, values: Values, meta: Words, *, wrap: bool = False) -> Words:
         """Return one contribution as words.
 
         Args:
             values: signed integers, shape (dimension,).
             meta: uint64, shape (meta_words,).
+            wrap: as for `add`.
 
         Returns:
             uint64, shape (n_words,).
@@ -134,10 +135,10 @@ class LaneLayout:
             RemoteProtocolError: WRONG_SHAPE, or OUT_OF_RANGE if a value does not fit a lane.
         """
         words = self.zeros()
-        self.add(words, values, meta)
+        self.add(words, values, meta, wrap=wrap)
         return words
 
-    def add(self, words: Words, values: Values, meta: Words, *, negate: bool = False) -> None:
+    def add(self, words: Words, values: Values, meta: Words, *, negate: bool = False, wrap: bool = False) -> None:
         """Add one contribution to ``words`` in place (or subtract it), with scratch of 128 KiB whatever the size.
 
         Args:
@@ -145,6 +146,8 @@ class LaneLayout:
             values: signed integers, shape (dimension,).
             meta: uint64, shape (meta_words,).
             negate: subtract instead.
+            wrap: take values of any size, as the ring takes sums: the words of a sum are the sum of the words for them
+                too. For noise, which must be added as it was drawn.
 
         Raises:
             RemoteProtocolError: WRONG_SHAPE, or OUT_OF_RANGE if a value does not fit a lane.
@@ -158,7 +161,7 @@ class LaneLayout:
             raise RemoteProtocolError(
                 RejectReason.WRONG_SHAPE, f"meta is {meta.dtype} of {meta.shape}, not uint64 of ({self.meta_words},)"
             )
-        if int(values.min()) < self.lane_min or int(values.max()) > self.lane_max:
+        if not wrap and (int(values.min()) < self.lane_min or int(values.max()) > self.lane_max):
             raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, f"a value does not fit {self.lane_bits} bits")
         n, combine = self.value_words, np.subtract if negate else np.add
         scratch = np.empty(min(_CHUNK, n), dtype=np.int64)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fleetfed.shared.aggregate.lanes import Values
 from fleetfed.shared.aggregate.quantize import Floats, Grid, NonFiniteDeltaError
+from fleetfed.shared.errors import LocalProtocolError
 
 _CHUNK: Final = 1 << 15
 _RETRIES: Final = 64
@@ -72,6 +73,7 @@ def clip_and_round(delta: Floats, grid: Grid, *, clip: float, rng: np.random.Gen
     Raises:
         NonFiniteDeltaError: NaN or infinity in the delta.
         ValueError: wrong shape, or a clip that rounding alone would exceed.
+        LocalProtocolError: the bound cannot be kept, which arithmetic rules out.
     """
     if delta.shape != (grid.dimension,) or delta.dtype.kind != "f":
         raise ValueError(f"delta is {delta.dtype} of {delta.shape}, not floats of ({grid.dimension},)")
@@ -89,10 +91,11 @@ def clip_and_round(delta: Floats, grid: Grid, *, clip: float, rng: np.random.Gen
     most = math.floor(Fraction(clip) ** 2)
     for _ in range(_RETRIES):
         if _round(delta, grid, scale, values, rng) <= most:
-            break
-    else:
-        # Towards zero no vector grows. Not unbiased, and one in 10**14 devices.
-        assert _round(delta, grid, scale, values, None) <= most
+            return Clipped(values=values, beyond=norm > allowed)
+    # Towards zero no vector grows. Not unbiased, and one in 10**14 devices. Not in an assertion: `python -O` removes
+    # those with all that they call.
+    if _round(delta, grid, scale, values, None) > most:
+        raise LocalProtocolError(f"{clip:g} levels do not hold a delta that was scaled to {allowed:g}")
     return Clipped(values=values, beyond=norm > allowed)
 
 

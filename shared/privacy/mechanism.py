@@ -20,7 +20,7 @@ from typing import Final
 import numpy as np
 
 from fleetfed.shared.aggregate.accumulator import Partial, Ring, RingNoise
-from fleetfed.shared.aggregate.lanes import LaneLayout, Values, Words
+from fleetfed.shared.aggregate.lanes import Values, Words
 from fleetfed.shared.privacy import noise
 from fleetfed.shared.privacy.clipping import unrounded_norm
 from fleetfed.shared.privacy.noise import Integers
@@ -129,14 +129,18 @@ def add_gateway_noise(partial: Partial, key: bytes) -> Partial:
     ring = partial.ring
     if ring.noise is None or not ring.noise.released:
         return partial
-    values = _wrap(gaussian(ring.layout.dimension, ring.noise.released, key), ring.layout)
-    words = ring.layout.pack(values, ring.meta.shift(0, gaussian_flag(ring.noise.released_flag, key)))
+    values = gaussian(ring.layout.dimension, ring.noise.released, key)
+    # As drawn: cut to its lane by itself it would lose the carry into the next one, and what leaves would be a function
+    # of sum and noise, no longer of their sum alone.
+    words = ring.layout.pack(values, ring.meta.shift(0, gaussian_flag(ring.noise.released_flag, key)), wrap=True)
     words += partial.words
     return Partial(ring, words, partial.count)
 
 
 def add_device_noise(values: Values, meta: Words, ring: Ring, privacy: Privacy, key: bytes) -> tuple[Integers, Words]:
     """Return a contribution with the device's share of the noise in it; the same where it adds none.
+
+    With noise it is packed as it is (``wrap=True``): a value that exceeds its lane costs accuracy, never privacy.
 
     Args:
         values: clipped and rounded, shape (dimension,).
@@ -153,7 +157,7 @@ def add_device_noise(values: Values, meta: Words, ring: Ring, privacy: Privacy, 
     if said:
         shift = int(noise.skellam(1, said, derive(key, Label.NOISE, b"flag"))[0])
         meta = meta + ring.meta.shift(0, shift)
-    return _wrap(total, ring.layout), meta
+    return total, meta
 
 
 def gaussian(count: int, sigma: float, key: bytes) -> Integers:
@@ -164,11 +168,3 @@ def gaussian(count: int, sigma: float, key: bytes) -> Integers:
 def gaussian_flag(sigma: float, key: bytes) -> int:
     """The noise on the sum of what devices say of their clips; 0 for sigma 0."""
     return int(noise.discrete_gaussian(1, sigma, derive(key, Label.NOISE, b"flag"))[0]) if sigma else 0
-
-
-def _wrap(values: Integers, layout: LaneLayout) -> Integers:
-    """Wrap noise that exceeds a lane, as the lane itself would: it costs accuracy, never privacy."""
-    if layout.lane_bits < 64:
-        span, half = 1 << layout.lane_bits, 1 << (layout.lane_bits - 1)
-        values = (values + half) % span - half
-    return values

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -91,6 +93,24 @@ def test_after_all_retries_it_rounds_towards_zero(monkeypatch: pytest.MonkeyPatc
     delta = np.full(400, 0.5)
     made = clip_and_round(delta, grid, clip=24.0, rng=Unlucky(np.random.PCG64(1)))
     assert squared_norm(made.values) <= 24**2
+
+
+_UNLUCKY = """
+import numpy as np
+from fleetfed.shared.aggregate.quantize import Grid
+from fleetfed.shared.privacy import clipping
+
+clipping._RETRIES = 0
+grid = Grid((400,), (1.0,), 8)
+made = clipping.clip_and_round(np.full(400, 0.5), grid, clip=24.0, rng=np.random.default_rng(1))
+print(clipping.squared_norm(made.values), int(made.values.min()), int(made.values.max()))
+"""
+
+
+def test_the_bound_holds_where_python_leaves_assertions_out() -> None:
+    """`python -O` removes assertions with all that they call: nothing that privacy rests on may be in one."""
+    told = subprocess.run([sys.executable, "-O", "-c", _UNLUCKY], capture_output=True, text=True, check=True).stdout
+    assert told.split() == ["400", "1", "1"]
 
 
 def test_infinity_is_refused() -> None:

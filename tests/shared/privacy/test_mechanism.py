@@ -15,6 +15,7 @@ from fleetfed.shared.aggregate.accumulator import (
     Accumulator,
     Partial,
     Ring,
+    RingNoise,
     check_partial,
     check_range,
     decode_words,
@@ -23,7 +24,7 @@ from fleetfed.shared.aggregate.accumulator import (
 from fleetfed.shared.aggregate.lanes import choose_lane_bits
 from fleetfed.shared.aggregate.scheme import scheme_of
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
-from fleetfed.shared.privacy.mechanism import add_device_noise, add_gateway_noise, device_sigma, ring_noise
+from fleetfed.shared.privacy.mechanism import add_device_noise, add_gateway_noise, device_sigma, gaussian, ring_noise
 from fleetfed.shared.wire.defence import Defence, Rule
 from fleetfed.shared.wire.masking import Split
 from fleetfed.shared.wire.messages import Mode, Plan, Quantization, Quorum, Weighting
@@ -134,6 +135,44 @@ def test_noise_goes_into_masked_words_as_into_plain_ones() -> None:
     masked = add_gateway_noise(Partial(ring, words + mask, 1), b"k" * 32)
     assert np.array_equal(masked.words - mask, plain.words)
     assert not np.array_equal(plain.words, words)
+
+
+@pytest.mark.parametrize("lane_bits", [8, 16, 64])
+def test_what_a_gateway_lets_out_is_a_function_of_sum_plus_noise_and_of_nothing_else(lane_bits: int) -> None:
+    """Also where the noise exceeds its lane: only so is the wrapped sum as private as the sum."""
+    released = 300.0
+    ring = Ring.of(SIZES, bits=6, lane_bits=lane_bits, weight_cap=1, noise=RingNoise(released=released))
+    key = b"k" * 32
+    drawn = gaussian(sum(SIZES), released, key)
+    sums = np.random.default_rng(2).integers(-100, 100, sum(SIZES))
+    meta = ring.meta.shift(7, 0)
+    noised = add_gateway_noise(Partial(ring, ring.layout.pack(sums, meta), 7), key)
+    assert np.array_equal(noised.words, ring.layout.pack(sums + drawn, meta, wrap=True))
+    # The same noised sum made of another sum and other noise has the same words.
+    shift = np.random.default_rng(3).integers(-(2**20), 2**20, sum(SIZES))
+    assert np.array_equal(
+        ring.layout.pack(sums - shift, meta, wrap=True)
+        + ring.layout.pack(drawn + shift, ring.meta.shift(0, 0), wrap=True),
+        noised.words,
+    )
+
+
+def test_shares_that_exceed_their_lanes_add_up_in_the_ring() -> None:
+    private = privacy(Mechanism.SKELLAM)
+    ring = Ring.of(SIZES, bits=6, lane_bits=8, weight_cap=1, noise=ring_noise(private))
+    words, total = ring.layout.zeros(), np.zeros(sum(SIZES), dtype=np.int64)
+    for i in range(8):
+        values, meta = add_device_noise(
+            np.full(sum(SIZES), i, dtype=np.int16),
+            ring.meta.encode_private(beyond=False),
+            ring,
+            private,
+            bytes([i] * 32),
+        )
+        total += values
+        words += ring.layout.pack(values, meta, wrap=True)
+    assert np.abs(total).max() > ring.layout.lane_max
+    assert np.array_equal(words, ring.layout.pack(total, ring.meta.shift(8, 0), wrap=True))
 
 
 def test_shares_of_devices_add_up_to_the_noise() -> None:
