@@ -151,6 +151,11 @@ class MaskedSum(Summation):
         self._rules = rules
         self._secrets = secrets
 
+    @property
+    def noise_secret(self) -> bytes:
+        """The round's own; the other one, the nonce, is opened with the reveal."""
+        return self._secrets.seal.encode()
+
     def open(self, head: Head, body: bytes | memoryview) -> Words:
         """The masked words of one update: uniform to us.
 

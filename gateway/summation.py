@@ -7,7 +7,6 @@ where a sum of own contributions becomes what leaves the gateway.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Protocol
@@ -15,7 +14,6 @@ from typing import Any, BinaryIO, Protocol
 from fleetfed.gateway.events import CommitArrived
 from fleetfed.shared.aggregate.accumulator import Accumulator, Partial, Ring
 from fleetfed.shared.privacy.mechanism import add_gateway_noise
-from fleetfed.shared.secure.kdf import KEY_SIZE
 from fleetfed.shared.wire.envelope import Head, MessageId, parse_head
 from fleetfed.shared.wire.masking import NonceHash
 from fleetfed.shared.wire.messages import Reveal
@@ -92,6 +90,14 @@ class Summation(ABC):
         """What a proposal with own updates says of this site's coin."""
         return ()
 
+    @property
+    def noise_secret(self) -> bytes:
+        """What noise is drawn from: a secret of the round that the journal holds until the reveal; empty for none.
+
+        Only rounds of masked updates have one, and only in those do gateways add noise (`mechanism.check_privacy`).
+        """
+        return b""
+
     def leave_out(self, members: Sequence[MessageId], source: Source) -> dict[MessageId, float]:
         """Which own updates do not look like the others, with their scores; asked once, before the proposal.
 
@@ -105,15 +111,14 @@ class Summation(ABC):
         """What a sum of own contributions becomes before it leaves the gateway; asked once for each sum, in the worker.
 
         Noise, and whatever else is due to own contributions alone, stands here and nowhere else; whoever overrides
-        this ends with it. Nobody has seen what it returned until it is durable: after a crash before that it may be
-        another one.
+        this ends with it. The same sum becomes the same again after a crash, or on a journal that was put back.
 
         Args:
             own: their exact sum.
             members: whose it is.
             source: holds their updates.
         """
-        return add_gateway_noise(own, os.urandom(KEY_SIZE))
+        return add_gateway_noise(own, self.noise_secret)
 
     # --- Common to all --------------------------------------------------------------------------------------------
 

@@ -22,8 +22,8 @@ class Noise:
     """What one round's noise is drawn from. Nothing in here is ever logged or published.
 
     Attributes:
-        key: 32 unpredictable bytes, stored with the round before it opens and destroyed when it is over: a step that is
-            computed again after a crash adds the same noise, since two different ones would average out.
+        key: 32 unpredictable bytes, stored with the round before it opens and destroyed when it is over. With the sum
+            it makes the noise (`mechanism.key_for`): a step that is computed again after a crash adds the same.
         round: its number.
         state: with `Mechanism.MATRIX`, what the rounds before left.
         mechanism: name of the mechanism's parameters; a state of another one is not used.
@@ -63,6 +63,9 @@ def add_coordinator_noise(total: Partial, privacy: Privacy, noise: Noise) -> Noi
     """
     meta, values = check_partial(total), total.values()
     sigma, said = coordinator_sigma(privacy)
+    # Decoded, as a restart finds it again, and with what devices said of their clips.
+    beyond = total.words[total.ring.layout.value_words :]
+    noise = replace(noise, key=mechanism.key_for(noise.key, beyond.tobytes(), values.data.cast("B")))
     if meta.beyond is not None:
         # Each says +1 or -1: a shift of the sum by two is one device.
         shift = mechanism.gaussian_flag(said, noise.key)

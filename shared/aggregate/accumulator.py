@@ -324,10 +324,14 @@ class Accumulator:
         check_range(values, self.ring.limit(count))
 
 
-def check_range(values: Values, limit: int) -> None:
-    """Raise RemoteProtocolError (OUT_OF_RANGE) if a value's magnitude exceeds ``limit``."""
+def check_range(values: Values, limit: int, *, secret: bool = False) -> None:
+    """Raise RemoteProtocolError (OUT_OF_RANGE) if a value's magnitude exceeds ``limit``.
+
+    The error says how far the values reach, unless they are ``secret``: errors end in logs and messages.
+    """
     if values.size and (int(values.min()) < -limit or int(values.max()) > limit):
-        raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, f"values span {values.min()}..{values.max()}, ±{limit}")
+        span = "values" if secret else f"values span {values.min()}..{values.max()},"
+        raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, f"{span} beyond ±{limit}")
 
 
 def check_partial(partial: Partial) -> MetaSum:
@@ -337,7 +341,7 @@ def check_partial(partial: Partial) -> MetaSum:
         RemoteProtocolError: OUT_OF_RANGE or BELOW_MINIMUM.
     """
     meta = partial.meta()
-    check_range(partial.values(), partial.ring.limit(partial.count))
+    check_range(partial.values(), partial.ring.limit(partial.count), secret=partial.ring.noise is not None)
     return meta
 
 

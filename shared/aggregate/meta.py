@@ -226,7 +226,9 @@ class MetaLayout:
         _check_count(n, count)
         said = word - _MODULUS if word >= _MODULUS // 2 else word
         most = (n if private.adaptive else 0) + private.slack
-        _check("beyond", said, -most, most)
+        if not -most <= said <= most:
+            # How far beyond is not said: nobody has noised it yet, and errors end in logs and messages.
+            raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, f"beyond is out of its range, ±{most}")
         return MetaSum(
             count=n,
             weight=n,

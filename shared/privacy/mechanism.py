@@ -9,11 +9,14 @@ matrix           -                       -                           Gaussian, c
 skellam          a share, Skellam        -                           -
 ===============  ======================  ==========================  ======================================
 
-All of it is in levels, whole numbers, drawn from a key (`noise`); each party uses a key that it has never used before.
+All of it is in levels, whole numbers, drawn from a key (`noise`). Devices take a fresh key for their one update of a
+round, which they store before it leaves. Gateways and the coordinator derive theirs from a stored secret of the round
+and from the sum itself (`key_for`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Final
 
@@ -21,10 +24,11 @@ import numpy as np
 
 from fleetfed.shared.aggregate.accumulator import Partial, Ring, RingNoise
 from fleetfed.shared.aggregate.lanes import Values, Words
+from fleetfed.shared.errors import LocalProtocolError
 from fleetfed.shared.privacy import noise
 from fleetfed.shared.privacy.clipping import unrounded_norm
 from fleetfed.shared.privacy.noise import Integers
-from fleetfed.shared.secure.kdf import Label, derive
+from fleetfed.shared.secure.kdf import KEY_SIZE, Label, derive
 from fleetfed.shared.wire.defence import Rule
 from fleetfed.shared.wire.messages import Mode, Plan, Weighting
 from fleetfed.shared.wire.privacy import Mechanism, Privacy
@@ -118,17 +122,38 @@ def check_privacy(plan: Plan) -> None:
         raise ValueError(f"flag_noise {privacy.flag_noise:g}; from {LEAST_SIGMA / 2:g} on it can be accounted for")
 
 
-def add_gateway_noise(partial: Partial, key: bytes) -> Partial:
+def key_for(secret: bytes, *content: bytes | memoryview) -> bytes:
+    """Return the key of the noise on one sum: 32 bytes.
+
+    The same sum always gets the same noise, whatever died, was restored or asked again in between: two copies of it
+    with two noises would average out. Another sum gets unrelated noise: two with one noise would give their difference.
+
+    Args:
+        secret: of the round, stored, known to the noise's party alone and destroyed at the round's end.
+        content: what the noise is added to, every byte that matters.
+    """
+    hashed = hashlib.sha256()
+    for part in content:
+        hashed.update(len(part).to_bytes(8, "little") + part)
+    return derive(secret, Label.NOISE, b"sum" + hashed.digest())
+
+
+def add_gateway_noise(partial: Partial, secret: bytes) -> Partial:
     """Return a sum with a leaf gateway's noise in it, masked or not; the same where the mechanism adds none here.
 
     Args:
         partial: not to be shown to anybody without the noise; its ring says how much.
-        key: 32 unpredictable bytes, used for this one sum and then forgotten. If the noised sum is not durable yet when
-            the gateway dies, another one with another key is as good: nobody has seen the first.
+        secret: of the round (`key_for`).
+
+    Raises:
+        LocalProtocolError: noise is due and there is no secret.
     """
     ring = partial.ring
     if ring.noise is None or not ring.noise.released:
         return partial
+    if len(secret) != KEY_SIZE:
+        raise LocalProtocolError("a sum that is to be noised, and no secret to draw the noise from")
+    key = key_for(secret, partial.count.to_bytes(8, "little"), partial.words.data.cast("B"))
     values = gaussian(ring.layout.dimension, ring.noise.released, key)
     # As drawn: cut to its lane by itself it would lose the carry into the next one, and what leaves would be a function
     # of sum and noise, no longer of their sum alone.

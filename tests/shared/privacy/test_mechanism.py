@@ -23,14 +23,22 @@ from fleetfed.shared.aggregate.accumulator import (
 )
 from fleetfed.shared.aggregate.lanes import choose_lane_bits
 from fleetfed.shared.aggregate.scheme import scheme_of
-from fleetfed.shared.errors import RejectReason, RemoteProtocolError
-from fleetfed.shared.privacy.mechanism import add_device_noise, add_gateway_noise, device_sigma, gaussian, ring_noise
+from fleetfed.shared.errors import LocalProtocolError, RejectReason, RemoteProtocolError
+from fleetfed.shared.privacy.mechanism import (
+    add_device_noise,
+    add_gateway_noise,
+    device_sigma,
+    gaussian,
+    key_for,
+    ring_noise,
+)
 from fleetfed.shared.wire.defence import Defence, Rule
 from fleetfed.shared.wire.masking import Split
 from fleetfed.shared.wire.messages import Mode, Plan, Quantization, Quorum, Weighting
 from fleetfed.shared.wire.privacy import Mechanism, Privacy
 
 SIZES = (700, 300)
+SECRET = b"k" * 32
 SPLIT = Split(seal_key=bytes(32), minimum_cohort=10)
 
 
@@ -131,10 +139,30 @@ def test_noise_goes_into_masked_words_as_into_plain_ones() -> None:
     ring = ring_of(private)
     mask = np.random.default_rng(1).integers(0, 2**64, ring.layout.n_words, dtype=np.uint64)
     words = ring.layout.pack(np.full(1000, 5, dtype=np.int64), ring.meta.encode_private(beyond=False))
-    plain = add_gateway_noise(Partial(ring, words, 1), b"k" * 32)
-    masked = add_gateway_noise(Partial(ring, words + mask, 1), b"k" * 32)
-    assert np.array_equal(masked.words - mask, plain.words)
-    assert not np.array_equal(plain.words, words)
+    plain = add_gateway_noise(Partial(ring, words, 1), SECRET)
+    masked = add_gateway_noise(Partial(ring, words + mask, 1), SECRET)
+    for noised in (plain.words, masked.words - mask):
+        assert ring.layout.unpack(noised)[0].std() == pytest.approx(300, rel=0.1)
+    # Another sum, and other noise.
+    assert not np.array_equal(masked.words - mask, plain.words)
+
+
+def test_one_sum_has_one_noise_and_another_sum_or_secret_another() -> None:
+    ring = ring_of(privacy(Mechanism.SPLIT_CENTRAL))
+    words = ring.layout.pack(np.full(1000, 5, dtype=np.int64), ring.meta.encode_private(beyond=False))
+
+    def noise_on(words: Any, count: int, secret: bytes) -> Any:
+        noised = add_gateway_noise(Partial(ring, words, count), secret).words
+        return ring.layout.unpack(noised)[0] - ring.layout.unpack(words)[0]
+
+    first = noise_on(words, 1, SECRET)
+    assert np.array_equal(first, noise_on(words.copy(), 1, SECRET))
+    other = words.copy()
+    other[0] += np.uint64(1)
+    for changed in (noise_on(other, 1, SECRET), noise_on(words, 2, SECRET), noise_on(words, 1, b"t" * 32)):
+        assert np.count_nonzero(first != changed) > 900
+    with pytest.raises(LocalProtocolError, match="no secret"):
+        noise_on(words, 1, b"")
 
 
 @pytest.mark.parametrize("lane_bits", [8, 16, 64])
@@ -142,11 +170,11 @@ def test_what_a_gateway_lets_out_is_a_function_of_sum_plus_noise_and_of_nothing_
     """Also where the noise exceeds its lane: only so is the wrapped sum as private as the sum."""
     released = 300.0
     ring = Ring.of(SIZES, bits=6, lane_bits=lane_bits, weight_cap=1, noise=RingNoise(released=released))
-    key = b"k" * 32
-    drawn = gaussian(sum(SIZES), released, key)
     sums = np.random.default_rng(2).integers(-100, 100, sum(SIZES))
     meta = ring.meta.shift(7, 0)
-    noised = add_gateway_noise(Partial(ring, ring.layout.pack(sums, meta), 7), key)
+    exact = Partial(ring, ring.layout.pack(sums, meta), 7)
+    noised = add_gateway_noise(exact, SECRET)
+    drawn = gaussian(sum(SIZES), released, key_for(SECRET, (7).to_bytes(8, "little"), exact.words.tobytes()))
     assert np.array_equal(noised.words, ring.layout.pack(sums + drawn, meta, wrap=True))
     # The same noised sum made of another sum and other noise has the same words.
     shift = np.random.default_rng(3).integers(-(2**20), 2**20, sum(SIZES))

@@ -216,15 +216,20 @@ class SignedFleet:
             MessageKind.COSIGN, body, now=self.now, round=plan.round, lifetime=plan.expires - self.now
         )
 
-    def unmask(self, heads: Iterable[Head], words: bytes | Words, *, helper: bool = False) -> tuple[Values, Words]:
-        """What coordinator and helper make of a revealed sum over the updates with these heads: values and meta."""
+    def unmask(
+        self, heads: Iterable[Head], words: bytes | Words, *, helper: bool = False, ring: Ring | None = None
+    ) -> tuple[Values, Words]:
+        """What coordinator and helper make of a revealed sum over the updates with these heads: values and meta.
+
+        ``ring`` is the fleet's own, unless told otherwise.
+        """
         total = np.frombuffer(words, dtype="<u8").astype(np.uint64)
         readers = [(Reader.COORDINATOR, self.seal()), *([(Reader.HELPER, self.seal("h-main"))] if helper else [])]
         for head in heads:
             for reader, secret in readers:
                 key = masked.mask_key(masked.open_seed(head, reader, secret), masked.binding_of(head))
                 masked.add_masks(total, [key], negate=True)
-        return self.ring.layout.unpack(total)
+        return (ring or self.ring).layout.unpack(total)
 
     def end(self, round: int, plan: bytes) -> bytes:
         """The signed end of a round."""
