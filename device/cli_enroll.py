@@ -55,6 +55,7 @@ def add_commands(commands: Any, formatter: Any) -> None:
 
 def _enroll(options: argparse.Namespace) -> int:
     from fleetfed.device import enroll
+    from fleetfed.device.notes import Notes
     from fleetfed.shared.wire.enrolment import Purpose
 
     if options.response is not None:
@@ -66,7 +67,7 @@ def _enroll(options: argparse.Namespace) -> int:
     if options.url is not None and options.ca is None:
         raise ConfigError("give --ca FILE: without it nobody knows whether the service is the fleet's")
     token = sys.stdin.readline() if options.token == "-" else options.token  # noqa: S105 - not a password
-    notes = enroll.Notes(url=options.url or "", hardware=options.hardware)
+    notes = Notes(url=options.url or "", hardware=options.hardware)
     request = enroll.first_request(options.identity, token, notes=notes, now=unix_ms())
     if options.request is not None:
         return _write(options, request)
@@ -75,6 +76,7 @@ def _enroll(options: argparse.Namespace) -> int:
 
 def _renew(options: argparse.Namespace) -> int:
     from fleetfed.device import enroll, renewal
+    from fleetfed.device.notes import NOTES, Notes
     from fleetfed.shared.trust.certificates import Role
     from fleetfed.shared.trust.identity import TLS_DIRECTORY, Identity
     from fleetfed.shared.wire.enrolment import Purpose
@@ -90,9 +92,9 @@ def _renew(options: argparse.Namespace) -> int:
     request = enroll.renewal_request(options.identity, now=now)
     if options.request is not None:
         return _write(options, request)
-    url = enroll.Notes.load(options.identity).url
+    url = Notes.load(options.identity).url
     if not url:
-        raise ConfigError(f"{options.identity / enroll.NOTES} names no service: use --request and --response")
+        raise ConfigError(f"{options.identity / NOTES} names no service: use --request and --response")
     return _ask(options, url, Purpose.RENEW, request, options.identity / TLS_DIRECTORY / "ca.pem")
 
 

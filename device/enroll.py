@@ -21,14 +21,13 @@ import json
 import logging
 import os
 import ssl
-import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 from fleetfed.device import csr
+from fleetfed.device.notes import NOTES, Notes
 from fleetfed.shared.errors import ConfigError, FleetFedError, RejectReason, RemoteProtocolError
 from fleetfed.shared.files import write_atomic
 from fleetfed.shared.trust import certificates
@@ -52,7 +51,6 @@ from fleetfed.shared.wire.envelope import digest
 
 _log = logging.getLogger(__name__)
 
-NOTES: Final = "enrol.toml"
 PENDING: Final = "request.bin"
 PATHS: Final = {Purpose.ENROL: "/v1/enrol", Purpose.RENEW: "/v1/renew"}
 _MACHINE_ID: Final = Path("/etc/machine-id")
@@ -61,35 +59,6 @@ _TIMEOUT: Final = 30.0
 
 class NotReachedError(FleetFedError):
     """The service could not be asked, or gave no sensible answer; the same request may be sent again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Notes:
-    """``enrol.toml``: where to renew (empty: by files alone), and the name of the hardware (empty: the machine's)."""
-
-    url: str = ""
-    hardware: str = ""
-
-    @classmethod
-    def load(cls, directory: Path) -> Notes:
-        """Read what `save` wrote; an identity that was issued has none.
-
-        Raises:
-            ConfigError: it is damaged.
-        """
-        path = directory / NOTES
-        try:
-            table = tomllib.loads(path.read_text())
-        except FileNotFoundError:
-            return cls()
-        except (OSError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{path}: {error}") from error
-        return cls(url=str(table.get("url", "")), hardware=str(table.get("hardware", "")))
-
-    def save(self, directory: Path) -> None:
-        """Write them."""
-        lines = (f"url = {json.dumps(self.url)}", f"hardware = {json.dumps(self.hardware)}", "")
-        write_atomic(directory / NOTES, "\n".join(lines).encode())
 
 
 def machine(given: str = "") -> str:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 _M_TRIM_THRESHOLD: Final = -1
@@ -34,8 +36,10 @@ def settle_in() -> None:
     """Once, before numpy is imported: one heap for all threads, and large blocks that go back when they are freed.
 
     glibc would otherwise make a heap per thread and learn to keep large blocks. The threads of a linear algebra
-    library, which a device does not need, are not started.
+    library, which a device does not need, are not started. paho-mqtt's `urllib.request`, with which it would look for
+    proxies, is loaded when it does: never, since `link` opens the sockets itself.
     """
+    _put_off("urllib", "request")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     mallopt = _libc("mallopt")
@@ -43,6 +47,25 @@ def settle_in() -> None:
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES_FROM)
         mallopt(_M_TRIM_THRESHOLD, _OWN_PAGES_FROM)
+
+
+class _Later(ModuleType):
+    """Stands for a module until something of it is used.
+
+    `importlib.util.LazyLoader` would load it at the second import, which looks at its ``__spec__``.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def _put_off(package: str, name: str) -> None:
+    full = f"{package}.{name}"
+    if full not in sys.modules:
+        sys.modules[full] = later = _Later(full)
+        setattr(importlib.import_module(package), name, later)
 
 
 def trim() -> None:

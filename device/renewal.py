@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fleetfed.device import enroll
-from fleetfed.device.enroll import Notes, NotReachedError
+from fleetfed.device.notes import Notes
 from fleetfed.shared.errors import ConfigError, RejectReason, RemoteProtocolError
 from fleetfed.shared.trust.certificates import Certificate
 from fleetfed.shared.trust.identity import Identity
@@ -74,6 +73,9 @@ class Renewal:
 
     def step(self) -> float:
         """Renew if it is time; return the seconds until the next step."""
+        # Imported late: a device that was issued its certificates never comes here.
+        from fleetfed.device import enroll
+
         try:
             certificate = Identity.load(self._directory).certificate
             now = self._clock()
@@ -83,7 +85,7 @@ class Renewal:
         except RemoteProtocolError as error:
             what = "enrol it anew" if error.reason in _FINAL else "ask who runs the enrolment service"
             return self._failed(f"refused: {error}; {what}")
-        except (NotReachedError, ConfigError, OSError) as error:
+        except (enroll.NotReachedError, ConfigError, OSError) as error:
             return self._failed(str(error))
         if identity.certificate.serial == certificate.serial:
             return self._failed("the service gave the old certificate again; is this clock right?")

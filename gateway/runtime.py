@@ -14,7 +14,6 @@ import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 from fleetfed.gateway import events as ev
@@ -41,6 +40,7 @@ from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.keeper import TrustKeeper
 from fleetfed.shared.trust.sequence import SequenceFile
+from fleetfed.shared.version import software
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.messages import Life, Need, Presence
 from fleetfed.shared.wire.topics import CLOUD_SITE, Broadcast, Kind, SiteTopics, Verb
@@ -80,14 +80,6 @@ class _Side:
 
     async def unsubscribe(self, filters: list[str]) -> None:
         await self.session().unsubscribe(filters)
-
-
-def software() -> str:
-    """Name and version of this program."""
-    try:
-        return f"fleetfed-gateway {version('fleetfed')}"
-    except PackageNotFoundError:
-        return "fleetfed-gateway"
 
 
 class Gateway:
@@ -309,7 +301,7 @@ class Gateway:
     # --- Connections ---------------------------------------------------------------------------------------------
 
     def _presence(self, life: Life, *, since: int) -> bytes:
-        return codec.encode(Presence(life=life, session=self._life, since=since, software=software()))
+        return codec.encode(Presence(life=life, session=self._life, since=since, software=software("gateway")))
 
     async def _say(self, session: Session, topic: str, payload: bytes) -> None:
         try:
@@ -394,7 +386,7 @@ class Gateway:
         return Status(
             id=self.id,
             site=self.site.site,
-            software=software(),
+            software=software("gateway"),
             model_version=manifest.version if manifest else 0,
             model_sha256=manifest.sha256.hex() if manifest else "",
             shared_connection=self._below is self._above,

@@ -15,7 +15,6 @@ fleetfed.shared.errors.ConfigError: cup.toml: sise: no such setting; did you mea
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import tomllib
 import types
@@ -86,6 +85,8 @@ def _dataclass(cls: type, table: Any, place: _Place) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in table:
         if key not in fields:
+            import difflib  # only a mistake needs it
+
             close = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(fields)}"
             raise place.into(key).error(f"no such setting; {hint}")

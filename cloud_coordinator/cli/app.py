@@ -6,13 +6,13 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Final
 
 import click
 
 from fleetfed.cloud_coordinator.cli import output
 from fleetfed.shared.errors import FleetFedError
+from fleetfed.shared.version import VERSION
 
 _COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "demo": ("fleetfed.cloud_coordinator.cli.demo:demo", "Run a whole fleet on this machine and watch it learn."),
@@ -55,7 +55,7 @@ class _Groups(click.Group):
     epilog=output.example("fleetfed demo --devices 10 --gateways 2")
     + "\n\nExit codes: 0 done, 1 failed, 2 wrong option or configuration, 3 damaged store, 4 no answer, 5 refused.",
 )
-@click.version_option(version("fleetfed"), prog_name="fleetfed")
+@click.version_option(VERSION, prog_name="fleetfed")
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens below the surface to stderr.")
 def cli(verbose: bool) -> None:
     """Federated learning for fleets of IoT devices."""

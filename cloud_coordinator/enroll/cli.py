@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +23,7 @@ from fleetfed.shared.errors import ConfigError, RemoteProtocolError
 from fleetfed.shared.files import write_atomic
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
+from fleetfed.shared.version import VERSION
 from fleetfed.shared.wire.enrolment import MAX_REQUEST, SPENT_ALL
 
 _TEMPLATE: Final = """\
@@ -52,7 +52,7 @@ grace_days = 60    # for so long after its end it may still be renewed
     )
     + "\n\nExit codes: 0 done, 1 failed, 2 wrong option or configuration, 3 damaged store, 4 no answer, 5 refused.",
 )
-@click.version_option(version("fleetfed"), prog_name="fleetfed-enroll")
+@click.version_option(VERSION, prog_name="fleetfed-enroll")
 def cli() -> None:
     """Certify devices for one-time tokens, and take certificates back."""
 

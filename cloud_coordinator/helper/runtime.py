@@ -12,7 +12,6 @@ import logging
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, TypeVar
 
 from fleetfed.cloud_coordinator.helper import events as ev
@@ -34,6 +33,7 @@ from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.keeper import TrustKeeper
 from fleetfed.shared.trust.sequence import SequenceFile
+from fleetfed.shared.version import software
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.chunks import Assembler, split
 from fleetfed.shared.wire.envelope import Digest, Head, MessageKind, digest, open_body, parse_head
@@ -58,14 +58,6 @@ _MIB: Final = 1 << 20
 _HOUR: Final = 3_600_000
 _GOODBYE: Final = 2.0
 """Seconds that a clean stop may take to say so."""
-
-
-def software() -> str:
-    """Name and version of this program."""
-    try:
-        return f"fleetfed-helper {version('fleetfed')}"
-    except PackageNotFoundError:
-        return "fleetfed-helper"
 
 
 class Helper:
@@ -159,7 +151,7 @@ class Helper:
         current, answered = self.machine.current, self.machine.claims
         return Status(
             id=self.id,
-            software=software(),
+            software=software("helper"),
             updated=self.clock(),
             connected=self._session.connected,
             keys=len(self.machine.keys),
@@ -194,7 +186,7 @@ class Helper:
                 await self._feed(TimerFired())
 
     def _presence(self, life: Life, *, since: int) -> bytes:
-        return codec.encode(Presence(life=life, session=self._life, since=since, software=software()))
+        return codec.encode(Presence(life=life, session=self._life, since=since, software=software("helper")))
 
     async def _on_connect(self, session_present: bool) -> None:
         await self._publish(self._up(Verb.STATE), self._presence(Life.READY, since=self.clock()), retain=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fleetfed.shared.aggregate.accumulator import Ring
+from fleetfed.shared.aggregate.accumulator import Ring, RingNoise
 from fleetfed.shared.aggregate.projection import Floats, Matrix, Subspace, check_projection
 from fleetfed.shared.aggregate.quantize import Grid
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
-from fleetfed.shared.privacy.mechanism import check_privacy, ring_noise
 from fleetfed.shared.wire.messages import Mode, Plan
 from fleetfed.shared.wire.projection import Projection
 
@@ -57,7 +56,7 @@ def scheme_of(plan: Plan, sizes: tuple[int, ...]) -> Scheme:
             )
         if (plan.mode is Mode.SPLIT) != (plan.split is not None):
             raise ValueError(f"a plan in {plan.mode} mode {'without' if plan.split is None else 'with'} masks")
-        check_privacy(plan)
+        noise = _checked_noise(plan)
         travelling = sizes
         if plan.projection is not None:
             if plan.privacy is not None or quantization.error_feedback:
@@ -69,7 +68,7 @@ def scheme_of(plan: Plan, sizes: tuple[int, ...]) -> Scheme:
             bits=quantization.bits,
             lane_bits=quantization.lane_bits,
             weight_cap=quantization.weight_cap,
-            noise=ring_noise(plan.privacy),
+            noise=noise,
             most=plan.quorum.cohort_cap,
         )
         if plan.quorum.cohort_cap > ring.capacity:
@@ -78,3 +77,18 @@ def scheme_of(plan: Plan, sizes: tuple[int, ...]) -> Scheme:
     except ValueError as error:
         raise RemoteProtocolError(RejectReason.WRONG_SHAPE, str(error)) from error
     return Scheme(ring=ring, grid=grid, sizes=sizes, projection=plan.projection)
+
+
+def _checked_noise(plan: Plan) -> RingNoise | None:
+    """The noise that lanes need room for.
+
+    Raises:
+        ValueError: the plan's privacy cannot be what it says.
+    """
+    if plan.privacy is None:
+        return None
+    # Imported late: a device in rounds without differential privacy carries nothing of this.
+    from fleetfed.shared.privacy.mechanism import check_privacy, ring_noise
+
+    check_privacy(plan)
+    return ring_noise(plan.privacy)

@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fleetfed_testing.lone_gateway import Authority, manifest_of, write_settings
+from fleetfed_testing.lone_gateway import Authority, manifest_of, plan_for, write_settings
 
 from fleetfed.cloud_coordinator import zoo
 from fleetfed.device import cli, config
 from fleetfed.device.config import StopAs
 from fleetfed.device.store import Store
 from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.mqtt.config import ConnectionConfig
 from fleetfed.shared.trust.certificates import Role
+from fleetfed.shared.wire import codec
+from fleetfed.shared.wire.messages import Manifest
 
 FORBIDDEN = (
     "tensorflow",
@@ -32,6 +35,21 @@ FORBIDDEN = (
     "fleetfed.gateway",
     "fleetfed.broker",
 )
+"""What no device needs."""
+NOT_IN_PLAIN_ROUNDS = (
+    "difflib",
+    "email",
+    "http",
+    "tuf",
+    "securesystemslib",
+    "fleetfed.device.check",
+    "fleetfed.device.enroll",
+    "fleetfed.device.csr",
+    "fleetfed.shared.privacy",
+    "fleetfed.shared.secure",
+    "fleetfed.shared.wire.enrolment",
+)
+"""What a device does not need for plain rounds, with an identity that was issued to it."""
 
 
 @pytest.fixture
@@ -44,7 +62,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def install_model(folder: Path) -> None:
+def install_model(folder: Path) -> tuple[Manifest, ModelCard]:
     import hashlib
 
     model = zoo.load("digits", seed=1)
@@ -56,6 +74,7 @@ def install_model(folder: Path) -> None:
     store.install_card(manifest.card)
     store.install_full((), manifest)
     store.close()
+    return manifest, model.card
 
 
 def run(*arguments: Any) -> int:
@@ -210,24 +229,73 @@ def test_help_has_an_example(command: list[str], capsys: pytest.CaptureFixture[s
     assert "example:" in capsys.readouterr().out
 
 
-def test_a_device_imports_nothing_that_only_others_need(folder: Path) -> None:
-    """A whole run: start, train on a model that is there, stop; then look at what was imported."""
-    install_model(folder)
-    script = f"""
+WHOLE_RUN = """
 import sys, threading
 from fleetfed.device import cli
 assert not any(name == "numpy" for name in sys.modules), "numpy before the allocator was set up"
-assert cli.main(["check", "--config", {str(folder / "device.toml")!r}]) == 0
+from fleetfed.device import memory
+memory.settle_in()  # as `run` does before it imports the rest
 from fleetfed.device.runtime import DeviceRuntime
 stop = DeviceRuntime.run
 def run(self):
     threading.Timer(0.2, self.request_stop).start()
     stop(self)
 DeviceRuntime.run = run
-assert cli.main(["run", "--config", {str(folder / "device.toml")!r}]) == 0
-bad = [name for name in sys.modules if name.startswith({FORBIDDEN!r})]
-assert not [n for n in bad if n in {FORBIDDEN!r} or any(n.startswith(f + ".") for f in {FORBIDDEN!r})], bad
-assert "ai_edge_litert" in sys.modules or "tflite_runtime" in sys.modules
+for command in {commands!r}:
+    assert cli.main([command, "--config", {settings!r}]) == 0
+{work}
+bad = [name for name in sys.modules if any(name == f or name.startswith(f + ".") for f in {forbidden!r})]
+assert not bad, bad
+"""
+
+
+def whole_run(folder: Path, *commands: str, forbidden: tuple[str, ...], work: str) -> None:
+    settings = str(folder / "device.toml")
+    script = WHOLE_RUN.format(commands=commands, settings=settings, forbidden=forbidden, work=work)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_device_imports_nothing_that_only_others_need(folder: Path) -> None:
+    """A whole run: start, train on a model that is there, stop; then look at what was imported."""
+    install_model(folder)
+    runtime = "assert 'ai_edge_litert' in sys.modules or 'tflite_runtime' in sys.modules"
+    whole_run(folder, "check", "run", forbidden=FORBIDDEN, work=runtime)
+
+
+def test_a_device_in_plain_rounds_carries_nothing_of_the_others(folder: Path) -> None:
+    """Start with a model, find no broker, stop; make what a plain round asks for."""
+    manifest, card = install_model(folder)
+    work = f"""
+import numpy as np
+from fleetfed.device import update
+from fleetfed.device.trainer import Trained
+from fleetfed.shared.model.card import ModelCard
+from fleetfed.shared.wire import codec
+from fleetfed.shared.wire.messages import Plan
+plan = codec.decode(Plan, {codec.encode(plan_for(card, manifest))!r}, limit=1 << 20)
+card = ModelCard.decode({card.encode()!r})
+delta = np.full(card.parameters, 0.01, dtype=np.float32)
+trained = Trained(delta=delta, examples=10, seen=10, steps=1, training_loss=0.5)
+update.check_plan(plan, card)
+prepared = update.prepare(trained, plan, card, rng=np.random.default_rng(1), residual=None)
+assert prepared.body
+"""
+    whole_run(folder, "run", forbidden=NOT_IN_PLAIN_ROUNDS, work=work)
+
+
+def test_a_module_that_was_put_off_comes_when_it_is_used() -> None:
+    script = """
+import sys
+from fleetfed.device import memory
+memory.settle_in()
+import urllib.request
+from paho.mqtt import client
+assert "http.client" not in sys.modules
+assert isinstance(client.urllib.request.getproxies(), dict)
+assert "http.client" in sys.modules
+assert sys.modules["urllib.request"] is urllib.request
+assert urllib.request.__file__
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 0, done.stderr

@@ -14,8 +14,9 @@ from fleetfed_testing.enrolment import NOW, Bench
 from fleetfed.cloud_coordinator.enroll.enroller import DAY
 from fleetfed.device import csr, enroll
 from fleetfed.device.cli import main
-from fleetfed.device.enroll import Notes, NotReachedError
+from fleetfed.device.enroll import NotReachedError
 from fleetfed.device.ledger import Account
+from fleetfed.device.notes import Notes
 from fleetfed.device.renewal import Renewal, RenewalThread, Renewed, due
 from fleetfed.device.runtime import _begun
 from fleetfed.shared.errors import ConfigError, RejectReason, RemoteProtocolError

@@ -13,7 +13,7 @@ from fleetfed.cloud_coordinator.enroll.config import EnrollConfig, load
 from fleetfed.cloud_coordinator.enroll.enroller import DAY, Enroller
 from fleetfed.cloud_coordinator.keys.keyring import Keyring, MemberRole, NewMember
 from fleetfed.device import csr, enroll
-from fleetfed.device.enroll import Notes
+from fleetfed.device.notes import Notes
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.trust.enrolment import REQUEST
