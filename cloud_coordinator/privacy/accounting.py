@@ -6,11 +6,12 @@ the same reason nothing is amplified by sampling: whom a plan selects is public.
 
 What bounds the cost is that each device stops after ``max_participations`` and keeps ``min_separation``, by its own
 ledger. Rounds with the same parameters are one `Segment`; segments add up. Gaussian mechanisms compose exactly
-(one Gaussian of the summed precision), and with Skellam noise by Renyi divergences.
+(one Gaussian of the summed precision), and with Skellam noise by Renyi divergences at whole orders.
 
 A discrete Gaussian costs what a continuous one of deviation ``sqrt(sigma**2 - r**2)`` costs, ``r = 2.5``: rounding the
 continuous one's output at random with deviation ``r`` gives the discrete one up to a factor ``1 +- 2**-170`` (Poisson
-summation: ``2 exp(-2 pi**2 r**2)``), and what is computed from a private output is as private.
+summation: ``2 exp(-2 pi**2 r**2)``), and what is computed from a private output is as private. That is one party's noise;
+where several add theirs, each is accounted as if the others added nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ UNIT: Final = "one device"
 RELATION: Final = "zero-out (REPLACE_SPECIAL): one device's content replaced by zero, its participation public"
 _ROUNDING: Final = 2.5
 """r of the module's argument, in levels."""
+_ORDERS: Final = (*range(2, 513), 1024, 2048, 4096)
+"""Orders of the Renyi divergence: whole ones, since the theorem on Skellam noise is stated for no others."""
 _DIGITS: Final = 4
 _HOPELESS: Final = 100.0
 
@@ -226,7 +229,7 @@ def _continuous(sigma: float) -> float:
 
 def _renyi(segments: list[Segment], precision: float, which: int, delta: float) -> float:
     dpa = _library()
-    accountant = _rdp().RdpAccountant(neighboring_relation=dpa.NeighboringRelation.REPLACE_SPECIAL)
+    accountant = _rdp().RdpAccountant(_ORDERS, dpa.NeighboringRelation.REPLACE_SPECIAL)
     events = [dpa.GaussianDpEvent(1 / math.sqrt(precision))] if precision else []
     for segment in segments:
         variance = (segment.noise_multiplier * segment.clip) ** 2
@@ -244,7 +247,7 @@ def _renyi(segments: list[Segment], precision: float, which: int, delta: float) 
 def _skellam(l2: float, dimension: int, variance: float) -> tuple[Any, Any]:
     """Two bounds of one Skellam release (Agarwal et al. 2021, "The Skellam Mechanism", theorem 3.5).
 
-    Each is linear in the order of the divergence, which is what a `ZCDpEvent` says.
+    Each is linear in the order of the divergence, which is what a `ZCDpEvent` says; both hold for whole orders.
     """
     dpa = _library()
     l1 = min(math.sqrt(dimension) * l2, l2 * l2)
