@@ -40,7 +40,7 @@ from fleetfed.shared.secure.box import SealSecret
 from fleetfed.shared.telemetry import Counters
 from fleetfed.shared.trust.signer import Message
 from fleetfed.shared.trust.verifier import Verifier
-from fleetfed.shared.wire.envelope import Digest, MessageKind
+from fleetfed.shared.wire.envelope import Digest, KeyId, MessageKind
 from fleetfed.shared.wire.masking import Split
 from fleetfed.shared.wire.messages import Commit, Mode, Outcome, Plan, Receipt, RoundEnd
 
@@ -83,6 +83,7 @@ class RoundBook:
         store, blobs: durable state.
         verifier: of the fleet, with the policy that plans must keep.
         sign: signs as the coordinator: kind, body, time, round.
+        signer: id of the key that it signs with.
         randomness: returns so many unpredictable bytes.
         rejected: counts refusals.
     """
@@ -95,12 +96,13 @@ class RoundBook:
         blobs: BlobStore,
         verifier: Verifier,
         sign: Callable[[MessageKind, object, int, int], Message],
+        signer: KeyId,
         randomness: Callable[[int], bytes],
         rejected: Counters,
     ) -> None:
         self.current: PlanInForce | None = None
         self.seals = Seals(store, randomness)
-        self.privacy = PrivacyBook(store, blobs)
+        self.privacy = PrivacyBook(store, blobs, signer=signer)
         self.asides = Asides(store)
         self._config = config
         self._store = store

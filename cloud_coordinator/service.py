@@ -141,6 +141,7 @@ class Coordinator:
             blobs=blobs,
             verifier=self.verifier,
             sign=lambda kind, body, now, number: self.sign(kind, body, now=now, round=number),
+            signer=self._signer.certificate.key_id,
             randomness=randomness,
             rejected=self.rejected,
         )

@@ -10,8 +10,8 @@ ledger. Rounds with the same parameters are one `Segment`; segments add up. Gaus
 
 A discrete Gaussian costs what a continuous one of deviation ``sqrt(sigma**2 - r**2)`` costs, ``r = 2.5``: rounding the
 continuous one's output at random with deviation ``r`` gives the discrete one up to a factor ``1 +- 2**-170`` (Poisson
-summation: ``2 exp(-2 pi**2 r**2)``), and what is computed from a private output is as private. That is one party's noise;
-where several add theirs, each is accounted as if the others added nothing.
+summation: ``2 exp(-2 pi**2 r**2)``), and what is computed from a private output is as private. That is one
+party's noise; where several add theirs, each is accounted as if the others added nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Segment:
             `wire.privacy.Privacy`.
         dimension: coordinates of a contribution.
         rounds: opened so far.
-        first, last: numbers of the first and the last of them; others may lie in between.
+        first, last: numbers of the first and the last of them that ``signer`` planned; others may lie in between.
+        signer: key of the coordinator that planned them.
+        before: most rounds that one device can have been in under keys before that one.
     """
 
     mechanism: Mechanism
@@ -74,10 +76,12 @@ class Segment:
     rounds: Count = 0
     first: Count = 0
     last: Count = 0
+    signer: Annotated[bytes, Length(0, 32)] = b""
+    before: Count = 0
 
     @classmethod
-    def of(cls, privacy: Privacy, dimension: int) -> Segment:
-        """The segment that a plan's rounds belong to."""
+    def of(cls, privacy: Privacy, dimension: int, *, signer: bytes = b"") -> Segment:
+        """The segment that a plan's rounds belong to, if a coordinator with this key signs them."""
         return cls(
             mechanism=privacy.mechanism,
             clip=privacy.clip,
@@ -88,18 +92,19 @@ class Segment:
             band=privacy.band,
             flag_noise=privacy.flag_noise,
             dimension=dimension,
+            signer=signer,
         )
 
     @property
     def participations(self) -> int:
         """Most rounds of it that one device can have been in."""
         span = self.last - self.first + 1
-        return min(self.max_participations, self.rounds, -(-span // self.min_separation))
+        return min(self.max_participations, self.rounds, self.before + -(-span // self.min_separation))
 
     @property
     def name(self) -> str:
         """Names the parameters: the same for all rounds of one mechanism, another for any other."""
-        return digest(codec.encode(replace(self, rounds=0, first=0, last=0))).hex()
+        return digest(codec.encode(replace(self, rounds=0, first=0, last=0, signer=b"", before=0))).hex()
 
     def full(self) -> Segment:
         """The same after as many rounds as let a device take part as often as it may."""
@@ -121,9 +126,15 @@ class Account:
     segments: Annotated[tuple[Segment, ...], Length(0, 10_000)] = ()
 
     def after(self, segment: Segment, number: int) -> Account:
-        """The account with one more round, of this number."""
+        """The account with one more round, of this number.
+
+        Devices forget when they last took part once they believe that coordinator's key no more (`device.ledger`): what
+        separates rounds of one key does not separate them from the next one's.
+        """
         if self.segments and self.segments[-1].name == segment.name:
             last = self.segments[-1]
+            if last.signer != segment.signer:
+                last = replace(last, before=last.participations, first=number, signer=segment.signer)
             grown = replace(last, rounds=last.rounds + 1, last=number)
             return Account(segments=(*self.segments[:-1], grown))
         return Account(segments=(*self.segments, replace(segment, rounds=1, first=number, last=number)))

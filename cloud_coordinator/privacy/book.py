@@ -38,11 +38,13 @@ class PrivacyBook:
 
     Args:
         store, blobs: durable state.
+        signer: id of the key that signs plans.
     """
 
-    def __init__(self, store: Store, blobs: BlobStore) -> None:
+    def __init__(self, store: Store, blobs: BlobStore, *, signer: bytes) -> None:
         self._store = store
         self._blobs = blobs
+        self._signer = signer
         self._made: tuple[PrivacySettings, int, Privacy] | None = None
         self._old: bytes | None = None
 
@@ -78,7 +80,7 @@ class PrivacyBook:
         """
         assert plan.privacy is not None
         now = self.account()
-        then = now.after(Segment.of(plan.privacy, plan.dimension), plan.round)
+        then = now.after(self._segment(plan, plan.privacy), plan.round)
         cost = then.epsilon(plan.privacy.delta)
         if cost > settings.epsilon * (1 + _SLACK):
             raise PrivacyBudgetError(
@@ -90,7 +92,7 @@ class PrivacyBook:
     def spend(self, plan: Plan) -> dict[str, Any]:
         """Enter a round that is being opened; return what may be claimed from then on."""
         assert plan.privacy is not None
-        after = self.account().after(Segment.of(plan.privacy, plan.dimension), plan.round)
+        after = self.account().after(self._segment(plan, plan.privacy), plan.round)
         self._store.put_document(ACCOUNT, codec.encode(after))
         return accounting.statement(plan.privacy, after)
 
@@ -114,8 +116,13 @@ class PrivacyBook:
             key=derive(secret, Label.NOISE, b"coordinator" + plan_hash),
             round=plan.round,
             state=state,
-            mechanism=Segment.of(plan.privacy, plan.dimension).name,
+            # Under another key devices need not keep their separation from what the old one planned, so that noise of
+            # its rounds may not be taken back in these.
+            mechanism=f"{self._segment(plan, plan.privacy).name} {self._signer.hex()}",
         )
+
+    def _segment(self, plan: Plan, privacy: Privacy) -> Segment:
+        return Segment.of(privacy, plan.dimension, signer=self._signer)
 
     def keep(self, state: bytes | None) -> None:
         """Enter the object that holds the next round's noise state, in the transaction that stores the version."""

@@ -66,7 +66,7 @@ class MatrixState:
     """The noise of the last rounds.
 
     Attributes:
-        mechanism: which parameters it belongs to (`accounting.Segment.name`); with others the noise begins anew.
+        mechanism: which parameters and key it belongs to (`noising.Noise.mechanism`); others begin with fresh noise.
         round: number of the last of them.
         history: float32 vectors, newest first, at most ``band - 1`` of them.
     """

@@ -26,7 +26,7 @@ class Noise:
             it makes the noise (`mechanism.key_for`): a step that is computed again after a crash adds the same.
         round: its number.
         state: with `Mechanism.MATRIX`, what the rounds before left.
-        mechanism: name of the mechanism's parameters; a state of another one is not used.
+        mechanism: name of the mechanism's parameters and of the plans' signer; a state of another one is not used.
     """
 
     key: bytes = field(repr=False)

@@ -309,6 +309,21 @@ def test_a_separation_lets_rounds_pass_for_nothing() -> None:
     assert account.after(apart, 40).segments[0].participations == 10
 
 
+def test_another_key_does_not_inherit_the_separation() -> None:
+    """A device that believes the old key no more has forgotten when it last took part, so it may do so at once."""
+    old, new = (replace(segment(times=5, min_separation=4), signer=key) for key in (b"old", b"new"))
+    account = Account().after(old, 1).after(old, 2).after(new, 3).after(new, 4)
+    assert len(account.segments) == 1
+    assert account.segments[0].participations == 2
+    # With one key, the same rounds let a device in once.
+    assert Account().after(old, 1).after(old, 2).after(old, 3).after(old, 4).segments[0].participations == 1
+    # Its participations it has not forgotten.
+    for number in range(5, 40):
+        account = account.after(new, number)
+    assert account.segments[0].participations == 5
+    assert account.epsilon(DELTA) == cost(old.full())
+
+
 def test_no_device_is_in_more_rounds_than_there_were() -> None:
     account = Account()
     for number in (1, 100, 200):

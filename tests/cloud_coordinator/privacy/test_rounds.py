@@ -18,6 +18,7 @@ from fleetfed.cloud_coordinator.privacy.settings import PrivacySettings, norm_of
 from fleetfed.cloud_coordinator.storage.store import NOISE
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.model.table import read_weights
+from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.wire.messages import Command, Mode, Weighting
 from fleetfed.shared.wire.privacy import Mechanism
 
@@ -159,6 +160,28 @@ async def test_correlated_noise_goes_on_over_a_restart_and_nobody_else_can_read_
     assert noise is not None
     assert noise.state is not None
     assert noise.state.mechanism == noise.mechanism
+    await world.close()
+
+
+async def test_under_another_key_correlated_noise_begins_anew(tmp_path: Path) -> None:
+    """Devices that believe the old key no more may be in two rounds nearer than the band, which costs more than two."""
+    privacy = PrivacySettings(mechanism=Mechanism.MATRIX, band=3, separation=3, participations=4, noise_multiplier=9.0)
+    world, gateway = await world_of(tmp_path, privacy)
+    await world.run_round(gateway)
+    await world.close()
+    world.fleet.member(Role.COORDINATOR, "coordinator-2", "_")
+    world._signer = world.fleet.signer(Role.COORDINATOR, "coordinator-2", "_")
+    world.open()
+    await world.join(gateway)
+    await world.ask(Command.ROUND_RESUME)
+    await world.pass_time(10_000)
+    await world.run_round(gateway, seed=2)
+    name = world.store.document(NOISE)
+    assert name is not None
+    state = MatrixState.decode(world.coordinator.blobs.get(name))
+    assert (state.round, len(state.history)) == (world.end().round, 1)
+    account = world.coordinator.book.privacy.account()
+    assert [(each.rounds >= 2, each.participations) for each in account.segments] == [(True, 2)]
     await world.close()
 
 
