@@ -72,7 +72,8 @@ def mask(
     """
     boxes = []
     for reader, public_key in seed_keys:
-        seed = derive(randomness(KEY_SIZE) + hedge, Label.SEED, bound)
+        # With the reader: to a frozen generator the coordinator's seed would be the helper's as well.
+        seed = derive(randomness(KEY_SIZE) + hedge, Label.SEED, bound + reader.value)
         prg.add_mask(words, mask_key(seed, bound))
         boxes.append(seal(seed, reader, bound, public_key))
     key = derive(randomness(KEY_SIZE) + hedge, Label.BODY_KEY, bound)

@@ -161,7 +161,7 @@ def update(message: bytes, secrets: dict[str, bytes], *, randomness: bytes, hedg
         keys[tag] = plain[1:33]
     assert keys["G"] == kdf(randomness + hedge, "S/body-key", bound)
     holders = [tag for tag in keys if tag != "G"]
-    assert all(keys[tag] == kdf(randomness + hedge, "S/seed", bound) for tag in holders)
+    assert all(keys[tag] == kdf(randomness + hedge, "S/seed", bound + tag.encode()) for tag in holders)
     masked = open_aead(keys["G"], body, bound)
     words = list(struct.unpack(f"<{len(masked) // 8}Q", masked))
     masks = {tag: stream_words(kdf(keys[tag], "S/mask", bound), len(words)) for tag in holders}

@@ -259,6 +259,13 @@ def test_a_frozen_generator_still_gives_every_header_its_own_seed() -> None:
     assert (masked[0] != masked[1]).all()
 
 
+def test_a_frozen_generator_gives_the_coordinator_no_seed_of_the_helpers(rnd: MaskedRound) -> None:
+    """Who holds one seed would hold both, and with a gateway read the update that a helper is to protect."""
+    update = rnd.update("d-1", random_words(LAYOUT, RNG), randomness=lambda size: bytes(size))
+    seeds = {split.open_seed(update.head, reader, secret) for reader, secret in rnd.holders.items()}
+    assert len(seeds) == len(rnd.holders) == 2
+
+
 def test_the_hedge_alone_hides_a_seed_from_whoever_knows_the_randomness(rnd: MaskedRound) -> None:
     words, frozen = random_words(LAYOUT, RNG), lambda size: bytes(size)
     update = rnd.update("d-1", words, randomness=frozen)
