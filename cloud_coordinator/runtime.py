@@ -175,9 +175,12 @@ class Runtime:
         Raises:
             StorageError: durable state cannot be written.
         """
-        session = asyncio.create_task(self._session.run(), name="session")
-        tasks: list[asyncio.Task[Any]] = [session, asyncio.create_task(self._sender.run(), name="sender")]
+        tasks: list[asyncio.Task[Any]] = []
         try:
+            # Before anything can arrive.
+            await self._coordinator.prepare()
+            session = asyncio.create_task(self._session.run(), name="session")
+            tasks += [session, asyncio.create_task(self._sender.run(), name="sender")]
             self._coordinator.start()
             assert self._coordinator.failed is not None
             timers = asyncio.create_task(self._timers(), name="timers")

@@ -28,6 +28,7 @@ from fleetfed.cloud_coordinator.events import (
     ResumeRequested,
     StartRequested,
 )
+from fleetfed.cloud_coordinator.privacy import accounting
 from fleetfed.cloud_coordinator.privacy.book import PrivacyBudgetError
 from fleetfed.cloud_coordinator.publish import REVOCATIONS, Outgoing
 from fleetfed.cloud_coordinator.service import Coordinator
@@ -132,13 +133,13 @@ class Control:
         arguments = _Arguments(request)
         match request.command:
             case Command.ROUND_START:
-                return self._start(arguments)
+                return await self._start(arguments)
             case Command.ROUND_PAUSE:
                 arguments.end()
                 return self._pause()
             case Command.ROUND_RESUME:
                 arguments.end()
-                return self._resume()
+                return await self._resume()
             case Command.ROUND_ABORT:
                 reason = arguments.text("reason", default="aborted by an operator")
                 arguments.end()
@@ -169,7 +170,7 @@ class Control:
                 return self._trust(bundle)
         raise CommandError("unknown_command", f"{request.command} is not known here; update the coordinator")
 
-    def _start(self, arguments: _Arguments) -> Callable[[], dict[str, Any]]:
+    async def _start(self, arguments: _Arguments) -> Callable[[], dict[str, Any]]:
         coordinator = self._coordinator
         self._at_rest("round start")
         table = {name: value for name, value in _plain(coordinator.config.rounds).items() if value is not None}
@@ -180,10 +181,14 @@ class Control:
             else:
                 table[name] = value
         settings = config.build(RoundSettings, table, where="round start")
-        self._check(settings)
+        await self._check(settings)
+        # What was at rest may not be so any more.
+        self._at_rest("round start")
         return lambda: self._handled(StartRequested(settings))
 
-    def _check(self, settings: RoundSettings) -> None:
+    async def _check(self, settings: RoundSettings) -> None:
+        if settings.privacy is not None:
+            await asyncio.to_thread(accounting.load)
         try:
             self._coordinator.check_settings(settings)
         except RemoteProtocolError as error:
@@ -197,11 +202,16 @@ class Control:
             raise CommandError("not_running", "no rounds are running; start them with `fleetfed round start`")
         return lambda: self._handled(PauseRequested())
 
-    def _resume(self) -> Callable[[], dict[str, Any]]:
+    async def _resume(self) -> Callable[[], dict[str, Any]]:
+        self._paused()
+        await self._check(self._coordinator.machine.run.settings)
+        # What was paused may not be so any more.
+        self._paused()
+        return lambda: self._handled(ResumeRequested())
+
+    def _paused(self) -> None:
         if self._coordinator.machine.run.wish is not Wish.PAUSE:
             raise CommandError("not_paused", "rounds are not paused; start them with `fleetfed round start`")
-        self._check(self._coordinator.machine.run.settings)
-        return lambda: self._handled(ResumeRequested())
 
     def _abort(self, reason: str) -> Callable[[], dict[str, Any]]:
         state = self._coordinator.machine.state
@@ -220,7 +230,7 @@ class Control:
         def work() -> Any:
             source = read_model(file, card)
             evaluator = coordinator.evaluator
-            return from_file(
+            made = from_file(
                 source,
                 blobs=coordinator.blobs,
                 version=parent + 1,
@@ -436,6 +446,12 @@ async def _stored(work: Awaitable[VersionRecord]) -> VersionRecord:
     """
     try:
         return await work
+    except RemoteProtocolError as error:
+        raise CommandError(
+            error.reason.value,
+            f"{error.detail}: devices would refuse it; have the policy's owners name its file first "
+            "(`fleetfed keys policy set --model`), or raise largest_step",
+        ) from error
     except StorageError as error:
         # Nothing was promised yet. To end for it would end the coordinator again with every copy of the request.
         raise CommandError("storage", str(error)) from error

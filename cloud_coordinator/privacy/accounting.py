@@ -16,6 +16,7 @@ party's noise; where several add theirs, each is accounted as if the others adde
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 from dataclasses import dataclass, replace
@@ -267,6 +268,13 @@ def _skellam(l2: float, dimension: int, variance: float) -> tuple[Any, Any]:
         dpa.ZCDpEvent(rho=rho + l2 * l2 / (2 * square), xi=max(0.0, (6 * l1 - l2 * l2) / (4 * square))),
         dpa.ZCDpEvent(rho=rho, xi=1.5 * l1 / variance),
     )
+
+
+def load() -> None:
+    """Import what the rest needs: seconds, so not on an event loop. What is missing is said when it is used."""
+    with contextlib.suppress(ConfigError):
+        _library()
+        _rdp()
 
 
 def _library() -> Any:

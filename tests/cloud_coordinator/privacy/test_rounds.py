@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,24 @@ async def test_the_clip_adapts_to_the_noised_count(tmp_path: Path) -> None:
     assert norms[0] == pytest.approx(1.0, rel=1e-6)
     assert norms[0] < norms[1] < norms[2] < np.exp(1.0) * 1.001
     assert world.plan()[0].privacy == world.coordinator.book.privacy.privacy_of(privacy, sum(SIZES))
+    await world.close()
+
+
+async def test_the_library_is_imported_beside_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes seconds, in which nobody would be answered."""
+    threads: list[int] = []
+    real = accounting.load
+    monkeypatch.setattr(accounting, "load", lambda: (threads.append(threading.get_ident()), real())[1])
+    world, _ = await world_of(tmp_path, PrivacySettings(participations=10))
+    await world.coordinator.prepare()
+    await world.ask(Command.ROUND_PAUSE)
+    await world.ask(Command.ROUND_ABORT)
+    assert (await world.ask(Command.ROUND_RESUME)).error == ""
+    await world.ask(Command.ROUND_PAUSE)
+    await world.ask(Command.ROUND_ABORT)
+    assert (await world.ask(Command.ROUND_START)).error == ""
+    assert len(threads) == 3
+    assert threading.get_ident() not in threads
     await world.close()
 
 
