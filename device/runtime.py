@@ -39,7 +39,7 @@ from fleetfed.shared.trust.sequence import SequenceFile
 from fleetfed.shared.trust.signer import Message
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.envelope import Digest, MessageKind, digest
-from fleetfed.shared.wire.messages import Decline, Life, Need, Plan, Presence
+from fleetfed.shared.wire.messages import Decline, DeclineReason, Life, Need, Plan, Presence
 from fleetfed.shared.wire.topics import Broadcast, Kind, SiteTopics, Verb
 
 _log = logging.getLogger(__name__)
@@ -298,7 +298,7 @@ class DeviceRuntime:
                 now = self._clock()
                 message = self._signer.sign(
                     MessageKind.DECLINE,
-                    Decline(plan=plan_hash, reason=reason, detail=detail[:2000]),
+                    Decline(plan=plan_hash, reason=reason, detail=_told(plan, reason, detail)),
                     now=now,
                     round=plan.round,
                     lifetime=max(plan.expires - now, 1),
@@ -473,6 +473,15 @@ _HEARD: Final = (Broadcast.REVOKED, Broadcast.TRUST, Broadcast.NODE, Broadcast.M
 def _begun(account: Account, spent: int) -> Account:
     """The ledger's account, which begins with what the enrolment service says is spent (docs/enrolment.md)."""
     return dataclasses.replace(account, participations=max(account.participations, spent))
+
+
+_OF_DATA: Final = (DeclineReason.TOO_FEW_EXAMPLES, DeclineReason.TRAINING_FAILED, DeclineReason.DIVERGED)
+"""Reasons whose details may say how many examples there are, or how far a loss went."""
+
+
+def _told(plan: Plan, reason: DeclineReason, detail: str) -> str:
+    """What a decline says beside its reason: in a private round nothing of what the device's data are like."""
+    return "" if plan.privacy is not None and reason in _OF_DATA else detail[:2000]
 
 
 def _answer(

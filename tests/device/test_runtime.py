@@ -42,6 +42,7 @@ from fleetfed.shared.wire.envelope import Head, MessageKind
 from fleetfed.shared.wire.masking import SealKey
 from fleetfed.shared.wire.messages import (
     DeclineReason,
+    Eligibility,
     Life,
     Manifest,
     Outcome,
@@ -275,12 +276,31 @@ def test_a_plan_that_is_refused_is_declined_and_shown(site: Site) -> None:
     assert gateway.updates == []
 
 
-def test_the_budget_of_noisy_rounds_ends(site: Site) -> None:
+def noisy_plan() -> dict[str, Any]:
     noisy = Privacy(
         mechanism=Mechanism.CENTRAL, clip=100.0, noise_multiplier=1.0, max_participations=1, epsilon=1.0, delta=1e-6
     )
     quantization = Quantization(bits=4, lane_bits=16, clips=(0.05,) * len(CARD.tensors), weight_cap=1)
-    wanted = {"privacy": noisy, "quantization": quantization, "weighting": Weighting.UNIFORM}
+    return {"privacy": noisy, "quantization": quantization, "weighting": Weighting.UNIFORM}
+
+
+def test_who_declines_a_noisy_round_says_no_number_of_its_data(site: Site) -> None:
+    site.thread()
+    site.publish_model()
+    eligibility = Eligibility(minimum_examples=100_000)
+    for number, more in enumerate((noisy_plan(), {}), 1):
+        site.next_plan(eligibility=eligibility, **more)
+        site.gateway.wait(lambda number=number: len(site.gateway.declines) == number)
+    (_, noisy), (_, plain) = site.gateway.declines
+    assert noisy.reason is plain.reason is DeclineReason.TOO_FEW_EXAMPLES
+    assert "of 100000" in plain.detail
+    assert noisy.detail == ""
+    # The device's own people may know.
+    assert "of 100000" in site.wait_status(lambda s: len(s["rounds"]) == 2)["rounds"][0]["detail"]
+
+
+def test_the_budget_of_noisy_rounds_ends(site: Site) -> None:
+    wanted = noisy_plan()
     stop = site.thread()
     site.publish_model()
     site.next_plan(**wanted)
