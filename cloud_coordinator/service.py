@@ -421,7 +421,6 @@ class Coordinator:
         total, robust = self.book.total()
         base = self._base()
         card = self.cards.of(base)
-        since = since_full(self._recent)
         settings = StepConfig(
             optimizer=self.config.optimizer,
             clips=self.config.clips,
@@ -435,13 +434,14 @@ class Coordinator:
                 plan=plan,
                 base=base,
                 card=card,
-                since=since,
+                since=since_full(self._recent),
                 config=settings,
                 full_every=self.config.storage.full_every,
                 blobs=self.blobs,
                 evaluator=self.evaluator,
                 robust=robust,
                 noise=self.book.noise(),
+                policy=self.verifier.policy,
             )
         except StepError as error:
             self.handle(ev.StepFailed(str(error)))

@@ -30,8 +30,9 @@ from fleetfed.device.store import Store
 from fleetfed.device.trainer import Trainer
 from fleetfed.device.worker import Finished, Job, Worker
 from fleetfed.shared.clock import unix_ms
-from fleetfed.shared.errors import RemoteProtocolError
+from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.machine import TimerFired
+from fleetfed.shared.model.step import bound_of
 from fleetfed.shared.mqtt.config import Will
 from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.keeper import TrustKeeper
@@ -46,6 +47,10 @@ _log = logging.getLogger(__name__)
 
 _INBOX: Final = 256
 _SHORTEST_WAIT: Final = 0.001
+_LARGE_STEP: Final = (
+    "the new version is too far from the one held, which stays in use: if the coordinator is to be trusted in this, "
+    "have the policy's owners name the version's file (`fleetfed keys policy set --model`) or raise largest_step"
+)
 _GOODBYE: Final = {StopAs.SLEEPING: Life.SLEEPING, StopAs.DISCONNECTED: Life.DISCONNECTED}
 
 
@@ -320,12 +325,14 @@ class DeviceRuntime:
                     store.install_card(ref)
                     return events.CardInstalled(ref.digest)
                 case events.InstallFull(patches, manifest):
-                    model = store.install_full(patches, manifest)
+                    model = store.install_full(patches, manifest, bound_of(self._verifier.policy))
                     size = manifest.full.size + sum(patch.blob.size for patch in patches)
                 case events.InstallPatches(base, patches, manifest):
-                    model = store.install_patches(base, patches, manifest)
+                    model = store.install_patches(base, patches, manifest, bound_of(self._verifier.policy))
                     size = sum(patch.blob.size for patch in patches)
         except RemoteProtocolError as error:
+            if error.reason is RejectReason.LARGE_STEP:
+                _log.error("%s", _LARGE_STEP)
             return events.InstallFailed(error.reason, error.detail)
         _log.info("model version %d, %s, from %d bytes", model.version, model.sha256.hex()[:12], size)
         self._status.touch()

@@ -47,6 +47,7 @@ from fleetfed.shared.errors import (
 )
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.model.patch import apply_patch
+from fleetfed.shared.model.step import StepBound, Walk
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.blobs import part_count, part_size, unwrap
 from fleetfed.shared.wire.codec import Length, Range
@@ -67,6 +68,7 @@ _KEPT_RESIDUALS: Final = 2
 _MOST_FLOORS: Final = 16
 """Coordinators' keys of which the device remembers how far they pushed the floor."""
 _FORMAT: Final = 1
+_NO_BOUND: Final = StepBound()
 
 Residual = NDArray[np.float32]
 
@@ -229,7 +231,9 @@ class Store:
         """The file of a model held; never changed in place."""
         return self._models / f"{model.sha256.hex()}.tflite"
 
-    def install_full(self, patches: tuple[PatchRef, ...], manifest: Manifest) -> HeldModel:
+    def install_full(
+        self, patches: tuple[PatchRef, ...], manifest: Manifest, bound: StepBound = _NO_BOUND
+    ) -> HeldModel:
         """Make what the patches turn the fetched full file into the current model.
 
         Raises:
@@ -238,24 +242,41 @@ class Store:
         data = self._object(manifest.full)
         if hashlib.sha256(data).digest() != manifest.full_sha256:
             raise RemoteProtocolError(RejectReason.BODY_MISMATCH, f"full file {manifest.full_version}: another SHA-256")
-        return self._install(self._patched(data, manifest.card.digest, patches), manifest)
+        walk = self._walk(bound, manifest.full_sha256)
+        return self._install(self._patched(data, manifest.card.digest, patches, walk), manifest, walk)
 
-    def install_patches(self, base: HeldModel, patches: tuple[PatchRef, ...], manifest: Manifest) -> HeldModel:
+    def install_patches(
+        self, base: HeldModel, patches: tuple[PatchRef, ...], manifest: Manifest, bound: StepBound = _NO_BOUND
+    ) -> HeldModel:
         """Make what the patches turn ``base`` into the current model; without patches, ``base`` itself.
 
         Raises:
-            RemoteProtocolError: as `shared.model.patch.apply_patch`; or the result is not the manifest's file.
+            RemoteProtocolError: as `shared.model.patch.apply_patch`; `LARGE_STEP` where ``bound`` is exceeded; or the
+                result is not the manifest's file.
         """
         if not patches:
             return self._commit_model(manifest)
-        return self._install(self._patched(self.model_path(base).read_bytes(), base.card, patches), manifest)
+        walk = self._walk(bound, base.sha256)
+        data = self._patched(self.model_path(base).read_bytes(), base.card, patches, walk)
+        return self._install(data, manifest, walk)
 
-    def _patched(self, data: bytes | bytearray, card: bytes, patches: tuple[PatchRef, ...]) -> bytes | bytearray:
+    def _walk(self, bound: StepBound, start: bytes) -> Walk:
+        models = self._record.models
+        held = models[0].version if models else None
+        return Walk(bound, held=held, files=frozenset(model.sha256 for model in models), start=start)
+
+    def _patched(
+        self, data: bytes | bytearray, card: bytes, patches: tuple[PatchRef, ...], walk: Walk
+    ) -> bytes | bytearray:
         for patch in patches:
-            data = apply_patch(data, self._card(card).table, self._object(patch.blob))
+            table = self._card(card).table
+            after = apply_patch(data, table, self._object(patch.blob))
+            base, target = patch.base_version, patch.target_version
+            walk.step(data, after, table, base=base, target=target, sha256=patch.target_sha256)
+            data = after
         return data
 
-    def _install(self, data: bytes | bytearray, manifest: Manifest) -> HeldModel:
+    def _install(self, data: bytes | bytearray, manifest: Manifest, walk: Walk) -> HeldModel:
         if hashlib.sha256(data).digest() != manifest.sha256:
             raise RemoteProtocolError(RejectReason.BODY_MISMATCH, f"version {manifest.version}: another SHA-256")
         model = HeldModel(version=manifest.version, sha256=manifest.sha256, card=manifest.card.digest)
@@ -263,6 +284,12 @@ class Store:
             self.card(model).check_file(bytes(data[:8]), len(data))
         except ConfigError as error:
             raise RemoteProtocolError(RejectReason.WRONG_MODEL, str(error)) from error
+        if walk.needs_whole(manifest.version, manifest.sha256):
+            held = self._record.models[0]
+            # Mapped, since the new file and the whole that it was made from are in memory already.
+            before = np.memmap(self.model_path(held), dtype=np.uint8, mode="r").data
+            layout = self.card(held).table.layout_hash()
+            walk.whole(before, layout, data, self.card(model).table, version=manifest.version)
         # Nothing refers to this name before the record does, so it needs no rename.
         self._disk.write(self.model_path(model), data)
         self._disk.sync(self._models)

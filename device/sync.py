@@ -9,7 +9,8 @@ Rules:
 2. The cheapest way is taken: nothing (the file is held already), the chain of patches from a held version, else the
    full file and the patches after it. The card comes first where it is missing.
 3. Whatever cannot be used is counted with its reason. A bad patch is followed by the full file, a bad full file or
-   card by a pause and another attempt. The model held stays in use all the while.
+   card by a pause and another attempt. A step that the policy forbids is tried again after a pause with what is on
+   disk. The model held stays in use all the while.
 """
 
 from __future__ import annotations
@@ -249,15 +250,22 @@ class ModelSync:
         manifest = self._manifest
         if manifest is None:
             return out
+        if reason is RejectReason.LARGE_STEP:
+            # Every way leads to the same file. What is on disk is tried again: the owners may change the policy.
+            self._try_later(manifest, reason, detail, now)
+            return out
         self._fetched.clear()
         card_is_here = manifest.card.digest in self._cards
         if self._base is not None and card_is_here:
             self._choose_full(manifest)
             return [*out, DropParts(), *self._advance(now)]
+        self._try_later(manifest, reason, detail, now)
+        return [*out, DropParts()]
+
+    def _try_later(self, manifest: Manifest, reason: RejectReason, detail: str, now: int) -> None:
         self._unusable = (manifest.version, f"{reason}: {detail}"[:200])
         self._retry_at = now + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-        return [*out, DropParts()]
 
     def timer(self, now: int) -> list[Any]:
         """The time of `next_deadline` came."""

@@ -87,6 +87,8 @@ class RejectReason(StrEnum):
     """Another update has the same mask seed: a copied or broken random generator."""
     BELOW_POLICY = "below_policy"
     """A plan that is weaker than the policy which the fleet's owners pinned offline."""
+    LARGE_STEP = "large_step"
+    """A version whose weights are further from those of the version before than the policy allows."""
     STALE_TRUST = "stale_trust"
     """The signed metadata that says what is current has expired; somebody may be holding back newer."""
     BAD_METADATA = "bad_metadata"

@@ -46,18 +46,41 @@ def show(directory: Path, as_json: bool) -> None:
     multiple=True,
     help="Digest (hex) of a model card to allow beside those in the file; `fleetfed model show` names it.",
 )
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="SHA-256 (hex) of a model to vouch for beside those in the file: largest_step does not bind the step to it.",
+)
 @key_option
 @dir_option
 @output.json_option
-def set_(file: Path, cards: tuple[str, ...], keys: tuple[Path, ...], directory: Path, as_json: bool) -> None:
+def set_(
+    file: Path,
+    cards: tuple[str, ...],
+    models: tuple[str, ...],
+    keys: tuple[Path, ...],
+    directory: Path,
+    as_json: bool,
+) -> None:
     """Make FILE the next policy, with the next version number, and sign it with the targets keys at hand.
 
     Before you ask for more than before, see to it that the coordinator's settings keep it: devices refuse weaker plans.
+
+    largest_step bounds, as a root mean square over all weights, how far one version may be from the one before; 0 for
+    no bound. To choose it, let rounds run and take three times the largest `step` that `fleetfed model list --json`
+    shows: too low, and the coordinator pauses before a step that devices would refuse; too high, and a stolen
+    coordinator key can plant more. A model that was not made by a round (published, or rolled back further than the
+    bound) needs its SHA-256 in `models` first.
     """
     keyring, owners = opened(directory)
     try:
         wanted = files.parse_policy(file.read_text(), where=str(file))
-        wanted = dataclasses.replace(wanted, cards=(*wanted.cards, *(_card(each) for each in cards)))
+        wanted = dataclasses.replace(
+            wanted,
+            cards=(*wanted.cards, *(_hash(each, "--card") for each in cards)),
+            models=(*wanted.models, *(_hash(each, "--model") for each in models)),
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: {error}") from error
     if _same(wanted, owners.policy):
@@ -71,11 +94,11 @@ def _same(one: Policy, other: Policy) -> bool:
     return dataclasses.replace(one, version=0) == dataclasses.replace(other, version=0)
 
 
-def _card(text: str) -> bytes:
+def _hash(text: str, option: str) -> bytes:
     try:
         digest = bytes.fromhex(text)
     except ValueError:
         digest = b""
     if len(digest) != 32:
-        raise ConfigError(f"--card {text}: expected 64 hex digits")
+        raise ConfigError(f"{option} {text}: expected 64 hex digits")
     return digest

@@ -34,7 +34,7 @@ from fleetfed.cloud_coordinator.publish import REVOCATIONS, Outgoing
 from fleetfed.cloud_coordinator.service import Coordinator
 from fleetfed.cloud_coordinator.state import State, Wish
 from fleetfed.cloud_coordinator.storage.records import VersionRecord
-from fleetfed.cloud_coordinator.training.versions import from_file, from_version, read_model
+from fleetfed.cloud_coordinator.training.versions import check_reach, from_file, from_version, read_model
 from fleetfed.shared import config
 from fleetfed.shared.errors import ConfigError, RejectReason, RemoteProtocolError, StorageError
 from fleetfed.shared.trust.certificates import SERIALS, Certificate, Role
@@ -239,6 +239,8 @@ class Control:
                 metrics={} if evaluator is None else evaluator.evaluate(source.file, source.card),
                 now=coordinator.clock(),
             )
+            check_reach(made, newest=newest, blobs=coordinator.blobs, policy=coordinator.verifier.policy)
+            return made
 
         return self._add(await _stored(asyncio.to_thread(work)), "model publish")
 
@@ -251,15 +253,15 @@ class Control:
             raise CommandError("no_such_version", f"there is no version {number}; see `fleetfed model list`")
         if source.sha256 == newest.sha256:
             raise CommandError("same_model", f"version {newest.version} already is what version {number} was")
-        work = asyncio.to_thread(
-            from_version,
-            source,
-            blobs=coordinator.blobs,
-            version=newest.version + 1,
-            parent=newest.version,
-            now=coordinator.clock(),
-        )
-        return self._add(await _stored(work), "model rollback")
+        blobs = coordinator.blobs
+
+        def work() -> VersionRecord:
+            version, now = newest.version + 1, coordinator.clock()
+            made = from_version(source, blobs=blobs, version=version, parent=newest.version, now=now)
+            check_reach(made, newest=newest, blobs=blobs, policy=coordinator.verifier.policy)
+            return made
+
+        return self._add(await _stored(asyncio.to_thread(work)), "model rollback")
 
     def _add(self, record: Any, what: str) -> Callable[[], dict[str, Any]]:
         # A round may have begun while a thread worked.

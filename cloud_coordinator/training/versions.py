@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +20,14 @@ from fleetfed.cloud_coordinator.storage.records import Origin, VersionRecord
 from fleetfed.cloud_coordinator.training.clips import ClipConfig, first_clips
 from fleetfed.cloud_coordinator.training.evaluate import Evaluator
 from fleetfed.cloud_coordinator.training.robust import RobustRule
-from fleetfed.cloud_coordinator.training.step import ServerState, Step, StepConfig, take_step
+from fleetfed.cloud_coordinator.training.step import ServerState, Step, StepConfig, StepError, take_step
 from fleetfed.shared.aggregate.accumulator import Partial
 from fleetfed.shared.aggregate.meta import MetaSum
-from fleetfed.shared.errors import ConfigError, LocalProtocolError, RemoteProtocolError, StorageError
+from fleetfed.shared.errors import ConfigError, LocalProtocolError, RejectReason, RemoteProtocolError, StorageError
 from fleetfed.shared.model.card import ModelCard
+from fleetfed.shared.model.step import bound_of, step_rms
 from fleetfed.shared.model.table import read_weights
+from fleetfed.shared.trust.policy import Policy
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.blobs import Publishable, publishable
 from fleetfed.shared.wire.messages import Manifest, PatchRef, Plan
@@ -33,6 +36,7 @@ _log = logging.getLogger(__name__)
 
 _FILE_LEVEL: Final = 3
 """Weights hardly compress; a higher level only costs time."""
+_NO_FLOOR: Final = Policy()
 _PATCH_LEVEL: Final = 1
 """A patch is compressed already."""
 
@@ -248,18 +252,20 @@ def version_of_round(
     evaluator: Evaluator | None,
     robust: RobustRule,
     noise: Noise | None = None,
+    policy: Policy = _NO_FLOOR,
 ) -> Made:
     """Step, evaluate, store the objects: all of a round's computation, in whatever thread.
 
     Raises:
-        StepError: no version can be made of the sum.
+        StepError: no version can be made of the sum, or devices would refuse it for the policy's ``largest_step``.
         StorageError: an object is missing or damaged, or cannot be written.
     """
     assert base.file is not None
+    file = blobs.get(base.file)
     step = take_step(
         total,
         plan=plan,
-        base=blobs.get(base.file),
+        base=file,
         card=card,
         state=ServerState() if base.state is None else ServerState.decode(blobs.get(base.state)),
         clips=base.clips,
@@ -267,6 +273,13 @@ def version_of_round(
         robust=robust,
         noise=noise,
     )
+    moved = step_rms(file, step.patched.file, card.table)
+    try:
+        bound_of(policy).check(moved, versions=1, what=f"version {base.version + 1}")
+    except RemoteProtocolError as error:
+        raise StepError(
+            f"{error}: no device would take it. Lower the learning rate, or have the policy's owners raise largest_step"
+        ) from error
     metrics: dict[str, float] = {}
     if evaluator is not None:
         try:
@@ -275,9 +288,37 @@ def version_of_round(
             # The fleet's work is not to be lost because of the validation set.
             _log.error("this version was not evaluated: %s", error)
     metrics |= meta_metrics(step.meta)
+    if math.isfinite(moved):
+        metrics["step"] = moved
     record = from_step(step, base=base, blobs=blobs, since=since, full_every=full_every, metrics=metrics)
     kept = None if step.noise is None else blobs.put(step.noise.encode())[0]
     return Made(record=record, meta=step.meta, noise=kept)
+
+
+def check_reach(record: VersionRecord, *, newest: VersionRecord | None, blobs: BlobStore, policy: Policy) -> None:
+    """Refuse a version that no round made, where devices would refuse it for the policy's ``largest_step``.
+
+    Args:
+        record: the version to be.
+        newest: the one before it; None for the first, which nothing binds.
+        blobs: with the files of both.
+        policy: in force.
+
+    Raises:
+        RemoteProtocolError: `LARGE_STEP`.
+        StorageError: a file or card is missing or damaged.
+    """
+    bound = bound_of(policy)
+    if not bound.largest or newest is None or newest.file is None or record.file is None:
+        return
+    if record.sha256 == newest.sha256 or record.sha256 in bound.models:
+        return
+    what = f"version {record.version}"
+    old, new = Cards(blobs).of(newest), Cards(blobs).of(record)
+    if old.layout != new.layout:
+        raise RemoteProtocolError(RejectReason.LARGE_STEP, f"{what}: its tensors are not those of the model before")
+    moved = step_rms(blobs.get(newest.file), blobs.get(record.file), new.table)
+    bound.check(moved, versions=record.version - newest.version, what=what)
 
 
 def since_full(newest_first: Sequence[VersionRecord]) -> SinceFull:

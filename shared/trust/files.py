@@ -24,6 +24,8 @@ AUTHORITIES: Final = "authorities.toml"
 DIRECTORY: Final = "directory"
 """What the enrolment service says of its log (`wire.trust.Directory`), in msgpack."""
 
+_MOST_HASHES: Final = 1000
+
 T = TypeVar("T")
 Hex32 = Annotated[str, Length(64, 64)]
 
@@ -41,22 +43,15 @@ class _Authorities:
 
 
 def parse_policy(text: str, *, where: str = POLICY) -> Policy:
-    """Read a policy; hashes of cards are in hex.
+    """Read a policy; hashes of cards and models are in hex.
 
     Raises:
         ConfigError: with the file, the key and what to do.
     """
     table = _table(text, where)
-    cards = table.pop("cards", [])
-    if not isinstance(cards, list) or not all(isinstance(each, str) and len(each) == 64 for each in cards):
-        raise ConfigError(
-            f"{where}: cards: expected hashes of 64 hex digits; `fleetfed keys policy set --card` adds one"
-        )
-    policy = config.build(Policy, table, where=where)
-    try:
-        return dataclasses.replace(policy, cards=tuple(bytes.fromhex(each) for each in cards))
-    except ValueError as error:
-        raise ConfigError(f"{where}: cards: {error}") from error
+    cards = _hashes(table.pop("cards", []), f"{where}: cards", "--card")
+    models = _hashes(table.pop("models", []), f"{where}: models", "--model")
+    return dataclasses.replace(config.build(Policy, table, where=where), cards=cards, models=models)
 
 
 def render_policy(policy: Policy) -> str:
@@ -92,6 +87,17 @@ def render_authorities(listed: dict[str, Authority]) -> str:
         roles = _toml([role.name.lower() for role in sorted(authority.roles)])
         lines += ["[[authority]]", f'name = "{name}"', f'key = "{authority.public_key.hex()}"', f"roles = {roles}", ""]
     return "\n".join(lines)
+
+
+def _hashes(found: Any, where: str, option: str) -> tuple[bytes, ...]:
+    if not isinstance(found, list) or not all(isinstance(each, str) and len(each) == 64 for each in found):
+        raise ConfigError(f"{where}: expected hashes of 64 hex digits; `fleetfed keys policy set {option}` adds one")
+    if len(found) > _MOST_HASHES:
+        raise ConfigError(f"{where}: at most {_MOST_HASHES}; leave out what no device needs any more")
+    try:
+        return tuple(bytes.fromhex(each) for each in found)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _table(text: str, where: str) -> dict[str, Any]:

@@ -54,7 +54,9 @@ class Policy:
         privacy: what a plan must promise; None for nothing.
         cards: BLAKE2b-256 of the model cards (architectures) that may be trained; empty for any.
         largest_step: largest root mean square by which one version's weights may differ from the one before, which
-            bounds what a coordinator can plant in a model to read devices ("trap weights"); 0 for no bound.
+            bounds what a coordinator can plant in a model to read devices ("trap weights"); 0 for no bound. How it is
+            judged is in `shared.model.step`.
+        models: SHA-256 of model files that the owners vouch for: ``largest_step`` does not bind the step to them.
     """
 
     version: Count = 0
@@ -69,6 +71,7 @@ class Policy:
     privacy: PrivacyFloor | None = None
     cards: Annotated[tuple[Bytes32, ...], Length(0, 1000)] = field(default_factory=tuple)
     largest_step: Annotated[float, Range(0.0, 1e6)] = 0.0
+    models: Annotated[tuple[Bytes32, ...], Length(0, 1000)] = field(default_factory=tuple)
 
 
 def check_plan(plan: Plan, policy: Policy) -> None:

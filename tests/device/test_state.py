@@ -429,6 +429,28 @@ def test_a_manifest_that_makes_no_sense_is_refused(
     assert kinds(ready.plan()) == ["Train"]
 
 
+def test_a_step_that_the_policy_forbids_is_tried_again_with_what_is_on_disk(ready: Driver) -> None:
+    wanted = manifest(2, patch(1, 2))
+    find = ready(e.ManifestArrived(wanted))[-1]
+    install = fetch(ready, patch_blob(2), find)
+    assert install == [e.InstallPatches(held(1), (patch(1, 2),), wanted)]
+    (refusal,) = ready(e.InstallFailed(RejectReason.LARGE_STEP, "too far"))
+    assert refusal == e.CountRejection(RejectReason.LARGE_STEP, "too far")
+    assert ready.machine.sync.models == (held(1),)
+    # It says so to whoever asks it to train that version, and trains the one that it has.
+    (decline,) = ready.plan(version=2)
+    assert (decline.reason, decline.detail) == (DeclineReason.NO_MODEL, "large_step: too far")
+    ready(e.AnswerStored(answer(kind=AnswerKind.DECLINE, reason="no_model")))
+    assert kinds(ready.plan(2, version=1, deadline=90_000)) == ["Train"]
+    # The owners changed the policy meanwhile: nothing is fetched again.
+    pause = ready.machine.next_deadline()
+    assert pause is not None
+    ready.now = pause
+    assert ready(TimerFired()) == install
+    ready(e.ModelInstalled(held(2)))
+    assert ready.machine.sync.models == (held(2), held(1))
+
+
 def test_a_bad_patch_is_followed_by_the_full_file(ready: Driver) -> None:
     find = ready(e.ManifestArrived(manifest(2, patch(1, 2))))[-1]
     fetch(ready, patch_blob(2), find)
@@ -533,7 +555,7 @@ _STEPS = st.one_of(
     st.builds(receipt, st.integers(1, 4), st.sampled_from([None, RejectReason.LATE, RejectReason.OVERLOADED])),
     st.builds(lambda r: e.TrainingDone(hash_of(r)), st.integers(1, 4)),
     st.builds(lambda r: e.TrainingDeclined(hash_of(r), DeclineReason.DIVERGED, ""), st.integers(1, 4)),
-    st.builds(lambda r: e.InstallFailed(r, ""), st.sampled_from([RejectReason.BODY_MISMATCH])),
+    st.builds(lambda r: e.InstallFailed(r, ""), st.sampled_from([RejectReason.BODY_MISMATCH, RejectReason.LARGE_STEP])),
     st.integers(1, 40_000),
 )
 

@@ -18,6 +18,8 @@ from fleetfed.device.events import Answer, AnswerKind, Fate, HeldModel
 from fleetfed.device.store import Store
 from fleetfed.shared.errors import ConfigError, LocalProtocolError, RejectReason, RemoteProtocolError, StorageError
 from fleetfed.shared.model.patch import make_patch
+from fleetfed.shared.model.step import StepBound
+from fleetfed.shared.model.table import read_weights, write_weights
 from fleetfed.shared.wire import blobs
 from fleetfed.shared.wire.blobs import Publishable
 from fleetfed.shared.wire.messages import BlobRef, Manifest, PatchRef
@@ -222,6 +224,94 @@ def test_a_damaged_model_is_forgotten_and_the_floor_is_not(tmp_path: Path) -> No
     assert again.facts().models == ()
     assert again.facts().floor == 9
     again.close()
+
+
+def step_of(file: bytes, base: int, by: float) -> tuple[bytes, PatchRef, Publishable]:
+    """The next version, all of whose weights moved by so much."""
+    made = make_patch(file, np.full(DIMENSION, by), MODEL.card.table, bits=8)
+    blob = publishable(made.patch)
+    reference = PatchRef(
+        base_version=base,
+        base_sha256=hashlib.sha256(file).digest(),
+        target_version=base + 1,
+        target_sha256=made.target_sha256,
+        blob=blob.ref,
+    )
+    return made.file, reference, blob
+
+
+def refuses_step(store: Store, install: Callable[[], HeldModel]) -> None:
+    """A refusal that changes nothing on disk."""
+    before = {path: path.read_bytes() for path in store.directory.rglob("*") if path.is_file()}
+    with pytest.raises(RemoteProtocolError) as refused:
+        install()
+    assert refused.value.reason is RejectReason.LARGE_STEP
+    assert {path: path.read_bytes() for path in store.directory.rglob("*") if path.is_file()} == before
+
+
+def test_a_version_planted_far_from_the_one_before(tmp_path: Path) -> None:
+    """A stolen coordinator key publishes trap weights, as a patch and as a whole file."""
+    store = Store(tmp_path)
+    one = with_version_one(store)
+    file, patch, blob = step_of(MODEL.data, 1, 0.5)
+    fetched(store, blob)
+    fetched(store, publishable(file))
+    bound = StepBound(0.4)
+    refuses_step(store, lambda: store.install_patches(one, (patch,), manifest(2, file, patch), bound))
+    refuses_step(store, lambda: store.install_full((), manifest(2, file), bound))
+    assert store.facts().models == (one,)
+    # Within the bound, and where the owners vouch for the very file, it is taken.
+    assert store.install_full((), manifest(2, file), StepBound(0.6)).version == 2
+    store.close()
+
+
+def test_trap_weights_that_the_owners_vouch_for_are_taken_and_the_next_step_is_bound_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    one = with_version_one(store)
+    file, patch, blob = step_of(MODEL.data, 1, 0.5)
+    after, second, second_blob = step_of(file, 2, 0.5)
+    for each in (blob, second_blob):
+        fetched(store, each)
+    bound = StepBound(0.4, frozenset({hashlib.sha256(file).digest()}))
+    refuses_step(store, lambda: store.install_patches(one, (patch, second), manifest(3, after, patch, second), bound))
+    assert store.install_patches(one, (patch,), manifest(2, file, patch), bound).version == 2
+    store.close()
+
+
+def test_a_device_behind_is_bound_by_every_patch_or_by_the_way_as_a_whole(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    one = with_version_one(store)
+    two, first, first_blob = step_of(MODEL.data, 1, 0.5)
+    three, second, second_blob = step_of(two, 2, -0.3)
+    for each in (first_blob, second_blob, publishable(three)):
+        fetched(store, each)
+    bound = StepBound(0.4)
+    # By the chain it sees which version went too far; of the whole file it can only say that three is near one.
+    wanted = manifest(3, three, first, second)
+    refuses_step(store, lambda: store.install_patches(one, (first, second), wanted, bound))
+    assert store.install_full((), manifest(3, three), bound).version == 3
+    store.close()
+
+
+def test_a_coordinator_cannot_name_a_step_by_a_number_far_ahead(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with_version_one(store)
+    far = bytearray(MODEL.data)
+    write_weights(far, MODEL.card.table, read_weights(far, MODEL.card.table) + np.float32(100))
+    fetched(store, publishable(bytes(far)))
+    refuses_step(store, lambda: store.install_full((), manifest(2**50, bytes(far)), StepBound(0.3)))
+    store.close()
+
+
+def test_a_rollback_to_the_file_before_is_no_step(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    one = with_version_one(store)
+    file, patch, blob = step_of(MODEL.data, 1, 0.5)
+    fetched(store, blob)
+    store.install_patches(one, (patch,), manifest(2, file, patch))
+    again = store.install_patches(one, (), manifest(3, MODEL.data), StepBound(1e-6))
+    assert (again.version, again.sha256) == (3, one.sha256)
+    store.close()
 
 
 # --- Answers ----------------------------------------------------------------------------------------------------------

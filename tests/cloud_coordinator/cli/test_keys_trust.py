@@ -61,7 +61,7 @@ def test_a_policy_goes_round_over_machines(keys: Path, tmp_path: Path, capsys: p
     assert run(["keys", "policy", "show", "--dir", str(keys)]) == 0
     file, request = tmp_path / "policy.toml", tmp_path / "next.json"
     file.write_text(capsys.readouterr().out.replace('modes = ["plain", "split"]', 'modes = ["split"]'))
-    code, answer = call(capsys, "keys", "policy", "set", file, "--card", "ab" * 32, "--dir", keys)
+    code, answer = call(capsys, "keys", "policy", "set", file, "--card", "ab" * 32, "--model", "cd" * 32, "--dir", keys)
     assert (code, answer["in_force"], answer["missing"][0]["needs"]) == (0, False, 2)
     assert call(capsys, "keys", "status", "--dir", keys)[0] == 1, "somebody has to sign"
     assert call(capsys, "keys", "sign", "--export", request, "--dir", keys)[0] == 0
@@ -73,6 +73,7 @@ def test_a_policy_goes_round_over_machines(keys: Path, tmp_path: Path, capsys: p
     assert (code, answer["in_force"]) == (0, True)
     policy = Owners(keys / "trust").policy
     assert (policy.version, policy.modes, policy.cards) == (2, (Mode.SPLIT,), (b"\xab" * 32,))
+    assert policy.models == (b"\xcd" * 32,)
     # Whoever is enrolled from now on begins with it.
     bundle = (keys / "identities" / "operator" / "trust" / "bundle.bin").read_bytes()
     assert files.render_policy(policy).encode() in bundle
@@ -85,6 +86,7 @@ def test_a_policy_goes_round_over_machines(keys: Path, tmp_path: Path, capsys: p
         ("minimum_cohort = 0\n", "minimum_cohort"),
         ("minimum_cohorts = 2\n", "did you mean"),
         ('cards = ["xyz"]\n', "cards"),
+        ("models = 3\n", "--model"),
         ("= 3", "policy.toml"),
     ],
 )

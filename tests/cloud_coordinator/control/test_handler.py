@@ -424,3 +424,42 @@ async def test_the_status_tells_of_a_masked_round(world: World) -> None:
     assert (row["mode"], row["committed"], row["contributors"], row["buckets"], row["bucket_lost"]) == (
         "split", 6, 6, 2, 0,
     )  # fmt: skip
+
+
+async def test_a_step_that_devices_would_refuse_is_not_published(world: World, north: ScriptedGateway) -> None:
+    await world.ask(Command.ROUND_START)
+    await world.run_round(north)
+    step = (await world.ask(Command.MODEL_LIST, limit=1)).result["versions"][0]["metrics"]["step"]
+    manifest = world.manifest()
+    world.coordinator.verifier.policy = Policy(version=1, largest_step=step / 100)
+    await world.run_round(north, seed=7)
+    assert state(world) is State.PAUSED
+    assert world.manifest() == manifest
+    ended = world.store.rounds(limit=1)[0]
+    assert (ended.outcome, "large_step" in ended.reason) == (Outcome.ABORTED, True)
+    status = (await world.ask(Command.ROUND_STATUS)).result
+    assert "have the policy's owners raise largest_step" in status["waiting_for"]
+    world.coordinator.verifier.policy = Policy(version=2, largest_step=step * 100)
+    assert (await world.ask(Command.ROUND_RESUME)).error == ""
+    await world.pass_time(120_000)
+    await world.run_round(north, seed=8)
+    assert world.manifest().version == manifest.version + 1
+
+
+async def test_a_model_from_elsewhere_needs_the_owners_word(world: World, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", seed=2)
+    named = hashlib.sha256(other.read_bytes()).digest()
+    world.coordinator.verifier.policy = Policy(version=1, largest_step=0.01)
+    before = facts(world)
+    answer = await world.ask(Command.MODEL_PUBLISH, file=str(other))
+    assert (answer.error, "keys policy set --model" in answer.detail) == ("large_step", True)
+    assert facts(world) == before
+    world.coordinator.verifier.policy = Policy(version=2, largest_step=0.01, models=(named,))
+    assert (await world.ask(Command.MODEL_PUBLISH, file=str(other))).result["version"] == 2
+    # Back to the first is as far.
+    back = await world.ask(Command.MODEL_ROLLBACK, version=1)
+    assert back.error == "large_step"
+    first = world.store.version(1)
+    assert first is not None
+    world.coordinator.verifier.policy = Policy(version=3, largest_step=0.01, models=(named, first.sha256))
+    assert (await world.ask(Command.MODEL_ROLLBACK, version=1)).result["version"] == 3
