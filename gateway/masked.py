@@ -9,7 +9,7 @@ The set of one commit is revealed, and never another: two sums over sets that di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, cast
 
 from fleetfed.gateway.events import CommitArrived
@@ -177,9 +177,9 @@ class MaskedSum(Summation):
         head = parse_head(reveal)
         return self._rules.open_reveal(head, memoryview(reveal)[head.size :])[1]
 
-    def reveal(self, commit: CommitArrived, own: Sequence[MessageId], source: Source) -> Reveal:
+    def reveal(self, commit: CommitArrived, own: Mapping[MessageId, str], source: Source) -> Reveal:
         """One sum, as it is."""
-        partial = self.total(own, source)
+        partial = self.total(tuple(own), source)
         return Reveal(plan=commit.plan, commit=commit.head, count=partial.count, words=_bytes(partial))
 
 
@@ -208,7 +208,7 @@ class BucketSums(MaskedSum):
     def rebuild(self, updates: Iterable[tuple[bytes, bytes]], reveals: Iterable[bytes]) -> None:
         """There is nothing but the journal."""
 
-    def reveal(self, commit: CommitArrived, own: Sequence[MessageId], source: Source) -> Reveal:
+    def reveal(self, commit: CommitArrived, own: Mapping[MessageId, str], source: Source) -> Reveal:
         """Own buckets in the order of the deal, then those from below, unchanged."""
         buckets = [self._bucket(index, members, source) for index, members in enumerate(self._deal(commit, own))]
         for raw in source.reveals():
@@ -217,11 +217,17 @@ class BucketSums(MaskedSum):
         count = sum(bucket.count for bucket in buckets)
         return Reveal(plan=commit.plan, commit=commit.head, count=count, words=b"", buckets=tuple(buckets))
 
-    def _deal(self, commit: CommitArrived, own: Sequence[MessageId]) -> Sequence[Sequence[MessageId]]:
+    def _deal(self, commit: CommitArrived, own: Mapping[MessageId, str]) -> Sequence[Sequence[MessageId]]:
         if not own:
             return ()
-        size = self._rules.split.bucket
-        return deal(own, size, gateway_nonce=self._secrets.nonce, coordinator_nonce=commit.nonce)
+        split = self._rules.split
+        return deal(
+            own,
+            split.bucket,
+            minimum_owners=split.minimum_owners,
+            gateway_nonce=self._secrets.nonce,
+            coordinator_nonce=commit.nonce,
+        )
 
     def _bucket(self, index: int, members: Sequence[MessageId], source: Source) -> Bucket:
         total = Accumulator(self.ring, capacity=len(members))

@@ -415,7 +415,7 @@ class Performer:
         rnd, total = self._machine.round, self._sum
         if rnd is None or total is None or rnd.record.commit is None or rnd.record.commit.head != commit:
             return
-        plan, number, final, own = rnd.record.hash, rnd.record.plan.round, rnd.record.commit, rnd.own_part()
+        plan, number, final, own = rnd.record.hash, rnd.record.plan.round, rnd.record.commit, rnd.own_owners()
         small = rnd.rules.reveal_work(len(own)) <= SMALL
 
         def make() -> tuple[bytes, Digest]:

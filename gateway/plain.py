@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from fleetfed.gateway import defence
@@ -122,9 +122,9 @@ class PlainSum(Summation):
         head = parse_head(reveal)
         return decode_reveal(head.header, memoryview(reveal)[head.size :], self.ring)[1]
 
-    def reveal(self, commit: CommitArrived, own: Sequence[MessageId], source: Source) -> Reveal:
+    def reveal(self, commit: CommitArrived, own: Mapping[MessageId, str], source: Source) -> Reveal:
         """One sum, compressed."""
-        partial = self.total(own, source)
+        partial = self.total(tuple(own), source)
         words = encode_words(partial, level=REVEAL_LEVEL)
         return Reveal(plan=commit.plan, commit=commit.head, count=partial.count, words=words)
 

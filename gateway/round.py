@@ -114,6 +114,11 @@ class RoundMachine(Machine[RoundState]):
         ids = (update.message_id for update in self.record.accepted.values())
         return tuple(sorted(i for i in ids if commit is None or i in commit.members))
 
+    def own_owners(self) -> dict[MessageId, str]:
+        """The owner of each of the own updates that belong in the sum, in their order."""
+        owners = {update.message_id: update.owner for update in self.record.accepted.values()}
+        return {message_id: owners[message_id] for message_id in self.own_part()}
+
     def child_part(self, gateway: str) -> frozenset[MessageId]:
         """Committed members that a gateway below proposed."""
         commit, child = self.record.commit, self.record.children.get(gateway)

@@ -8,7 +8,7 @@ where a sum of own contributions becomes what leaves the gateway.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Protocol
 
 from fleetfed.gateway.events import CommitArrived
@@ -77,12 +77,12 @@ class Summation(ABC):
         """What a stored reveal from below adds to the sum; None where it is passed on as it is."""
 
     @abstractmethod
-    def reveal(self, commit: CommitArrived, own: Sequence[MessageId], source: Source) -> Reveal:
+    def reveal(self, commit: CommitArrived, own: Mapping[MessageId, str], source: Source) -> Reveal:
         """Hand over what the tier above gets; the sum is gone afterwards.
 
         Args:
             commit: that it answers.
-            own: the committed updates of the own devices.
+            own: the committed updates of the own devices, in order, with the owners of those.
             source: holds them, and the reveals from below.
         """
 

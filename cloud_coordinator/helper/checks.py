@@ -306,7 +306,13 @@ def _groups(
     groups: list[tuple[MessageId, ...]] = []
     for site, members in sites.items():
         check_nonce(nonces[site], committed.get(site, b""))
-        groups += deal(members, split.bucket, gateway_nonce=nonces[site], coordinator_nonce=commit.nonce)
+        groups += deal(
+            {name: member.certificate.owner for name, member in members.items()},
+            split.bucket,
+            minimum_owners=split.minimum_owners,
+            gateway_nonce=nonces[site],
+            coordinator_nonce=commit.nonce,
+        )
     return groups
 
 

@@ -121,7 +121,7 @@ class Reveals:
         pending = self._pending[gateway] = _Pending(event=event)
         size = 8 * current.ring.layout.n_words * len(record.members)
         try:
-            pending.sums = await _work(size, _opened, reveal, record, current, plan.bucket, current.secret)
+            pending.sums = await _work(size, _opened, reveal, record, current, plan, current.secret)
         except RemoteProtocolError:
             self._pending.pop(gateway, None)
             raise
@@ -266,11 +266,11 @@ def helper_of(plan: Split) -> str:
 
 
 def _opened(
-    reveal: Reveal, record: ExchangeRecord, current: PlanInForce, bucket: int, secret: SealSecret
+    reveal: Reveal, record: ExchangeRecord, current: PlanInForce, plan: Split, secret: SealSecret
 ) -> dict[tuple[str, int], MaskedSum]:
     proposal = own_message(record.proposal, Proposal)[0]
     nonce = own_message(record.commit, Commit)[0].nonce
-    sums = read_sums(reveal, record.members, proposal=proposal, bucket=bucket, nonce=nonce, ring=current.ring)
+    sums = read_sums(reveal, record.members, proposal=proposal, plan=plan, nonce=nonce, ring=current.ring)
     take_masks(sums.values(), proposal.heads, secret)
     return sums
 

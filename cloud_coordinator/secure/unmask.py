@@ -23,6 +23,7 @@ from fleetfed.shared.secure.box import SealSecret
 from fleetfed.shared.secure.buckets import check_nonce, deal
 from fleetfed.shared.secure.split import add_masks
 from fleetfed.shared.wire.envelope import MessageId
+from fleetfed.shared.wire.masking import Split
 from fleetfed.shared.wire.messages import Proposal, Reveal
 
 _BUCKET_OVERHEAD: Final = 256
@@ -60,7 +61,7 @@ class Unmasked:
 
 
 def sums_due(members: Iterable[Member], bucket: int) -> int:
-    """How many sums a reveal over these members has."""
+    """How many sums a reveal over these members has, at most."""
     if not bucket:
         return 1
     sites: dict[str, int] = {}
@@ -75,7 +76,7 @@ def most_bytes(ring: Ring, sums: int) -> int:
 
 
 def read_sums(
-    reveal: Reveal, members: Sequence[Member], *, proposal: Proposal, bucket: int, nonce: bytes, ring: Ring
+    reveal: Reveal, members: Sequence[Member], *, proposal: Proposal, plan: Split, nonce: bytes, ring: Ring
 ) -> dict[tuple[str, int], MaskedSum]:
     """Assign the committed members to the sums of a reveal.
 
@@ -83,7 +84,7 @@ def read_sums(
         reveal: of the gateway that was committed these members.
         members: of the commit.
         proposal: that the commit answers; it binds the gateways' nonces.
-        bucket: of the plan.
+        plan: what the plan says of masks.
         nonce: of the commit.
         ring: of the plan.
 
@@ -93,13 +94,13 @@ def read_sums(
     Raises:
         RemoteProtocolError: `WRONG_SHAPE` or `BAD_NONCE`.
     """
-    if not bucket:
+    if not plan.bucket:
         if reveal.buckets:
             raise RemoteProtocolError(RejectReason.WRONG_SHAPE, "buckets where the plan has none")
         return {("", 0): MaskedSum(tuple(members), read_words(reveal.words, ring))}
     if reveal.words:
         raise RemoteProtocolError(RejectReason.WRONG_SHAPE, "one sum where the plan has buckets")
-    dealt = _dealt(reveal, members, nonce_hashes(proposal.nonces), bucket, nonce)
+    dealt = _dealt(reveal, members, nonce_hashes(proposal.nonces), plan, nonce)
     found: dict[tuple[str, int], MaskedSum] = {}
     for each in reveal.buckets:
         place = each.site, each.index
@@ -115,7 +116,7 @@ def read_sums(
 
 
 def _dealt(
-    reveal: Reveal, members: Sequence[Member], hashes: Mapping[str, bytes], bucket: int, nonce: bytes
+    reveal: Reveal, members: Sequence[Member], hashes: Mapping[str, bytes], plan: Split, nonce: bytes
 ) -> dict[tuple[str, int], tuple[Member, ...]]:
     nonces = nonces_of(reveal)
     by_site: dict[str, dict[MessageId, Member]] = {}
@@ -126,7 +127,13 @@ def _dealt(
         if site not in nonces:
             raise RemoteProtocolError(RejectReason.WRONG_SHAPE, f"no bucket of {site}")
         check_nonce(nonces[site], hashes.get(site, b""))
-        groups = deal(own, bucket, gateway_nonce=nonces[site], coordinator_nonce=nonce)
+        groups = deal(
+            {name: member.owner for name, member in own.items()},
+            plan.bucket,
+            minimum_owners=plan.minimum_owners,
+            gateway_nonce=nonces[site],
+            coordinator_nonce=nonce,
+        )
         dealt |= {(site, index): tuple(own[name] for name in group) for index, group in enumerate(groups)}
     return dealt
 

@@ -32,7 +32,7 @@ class Split:
         helper: the helper's own signed `SealKey` message, byte for byte, so that devices see whose key it is; empty
             for a round with one seed holder (h = 1).
         minimum_cohort: fewest contributors to any sum that leaves a leaf gateway, and to any bucket.
-        minimum_owners: fewest distinct owners among them.
+        minimum_owners: fewest distinct owners among those.
         bucket: contributors to each sum that is revealed apart from the others, so that one garbage update costs its
             bucket alone; 0 reveals one sum. At least ``minimum_cohort``.
     """

@@ -139,6 +139,20 @@ async def test_c2_the_minimum_of_devices_of_one_owner_is_not_committed(opened: A
     assert reasons(commit) == {"below_owners": 3}
 
 
+async def test_c2_no_bucket_of_fewer_owners_than_a_sum_must_have_is_taken(opened: Any) -> None:
+    owners = dict.fromkeys(NORTH[2:], "mallory") | {"n0": "victim", "n1": "another"}
+    round_ = await opened(owners=owners, minimum_owners=3, bucket=5)
+    commit = await round_.propose(round_.north)
+    whole = round_.north.buckets(round_.plan, round_.ring, commit)
+    assert [bucket.count for bucket in whole] == [10]
+    parts = tuple(replace(whole[0], index=index, count=5) for index in range(2))
+    await round_.refused(
+        round_.north, Verb.REVEAL, round_.reveal(round_.north, buckets=parts), RejectReason.WRONG_SHAPE
+    )
+    await round_.world.deliver("north", Verb.REVEAL, round_.reveal(round_.north))
+    assert round_.world.receipts("north")[-1].reason is None
+
+
 async def test_c2_devices_without_an_owner_have_one_together(opened: Any) -> None:
     round_ = await opened(minimum_owners=2)
     assert reasons(await round_.propose(round_.north)) == {"below_owners": 10}

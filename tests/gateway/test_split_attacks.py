@@ -401,6 +401,18 @@ async def test_g7_a_cohort_of_one_owner(bench: Bench, caplog: pytest.LogCaptureF
     await aborted(bench, RejectReason.BELOW_OWNERS, caplog)
 
 
+async def test_g7_the_coin_leaves_no_victim_alone_with_the_devices_of_one_owner(bench: Bench) -> None:
+    """The site has three owners, but of two buckets one at least has fewer: its sum less theirs would be the victim."""
+    bench.fleet.owners = dict.fromkeys((f"d-{number}" for number in range(2, 8)), "mallory")
+    bench.fleet.owners |= {"d-0": "victim", "d-1": "another"}
+    site = await _proposed(bench, 8, minimum_owners=3, bucket=4)
+    await site.committed()
+    (bucket,) = bench.reveals()[0][1].buckets
+    assert bucket.count == 8
+    (values,) = site.unmasked_buckets(bench.reveals()[0][1], bench.proposals()[-1][1].nonces[0].hash)
+    assert np.array_equal(values, site.sum())
+
+
 async def test_g7_devices_without_an_owner_are_one_owners(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     site = await _proposed(bench, 4, minimum_owners=2)
     await site.committed()

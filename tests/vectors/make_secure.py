@@ -97,10 +97,18 @@ def update(device: int, lane_bits: int, holders: int) -> bytes:
 
 def dealt() -> list[dict[str, Any]]:
     found = []
-    for count, size in ((1, 4), (7, 4), (8, 4), (11, 3)):
-        members = [MessageId(bytes([i]) * 16) for i in range(count)]
-        buckets = deal(members, size, gateway_nonce=b"g" * 16, coordinator_nonce=b"c" * 16)
-        found.append({"size": size, "buckets": [[member.hex() for member in bucket] for bucket in buckets]})
+    for count, size, minimum in ((1, 4, 1), (7, 4, 1), (8, 4, 1), (11, 3, 1), (30, 3, 2), (12, 2, 3)):
+        owners = {MessageId(bytes([i]) * 16): "big" if i % 4 else f"o{i}" for i in range(count)}
+        coin = {"gateway_nonce": b"g" * 16, "coordinator_nonce": b"c" * 16}
+        buckets = deal(owners, size, minimum_owners=minimum, **coin)
+        found.append(
+            {
+                "size": size,
+                "minimum_owners": minimum,
+                "owners": {member.hex(): owner for member, owner in owners.items()},
+                "buckets": [[member.hex() for member in bucket] for bucket in buckets],
+            }
+        )
     return found
 
 

@@ -176,7 +176,11 @@ def subtract(a: list[int], *others: list[int]) -> list[int]:
     return [(first - sum(rest)) & U64 for first, *rest in zip(a, *others, strict=True)]
 
 
-def deal(members: list[bytes], size: int, ours: bytes, theirs: bytes) -> list[list[bytes]]:
-    order = sorted(members, key=lambda member: blake(b"ff-deal" + ours + theirs + member))
+def deal(owners: dict[bytes, str], size: int, minimum: int, ours: bytes, theirs: bytes) -> list[list[bytes]]:
+    order = sorted(owners, key=lambda member: blake(b"ff-deal" + ours + theirs + member))
     count = max(1, len(order) // size)
-    return [order[i * len(order) // count : (i + 1) * len(order) // count] for i in range(count)]
+    while True:
+        found = [order[i * len(order) // count : (i + 1) * len(order) // count] for i in range(count)]
+        if count == 1 or min(len({owners[member] for member in bucket}) for bucket in found) >= minimum:
+            return found
+        count -= 1

@@ -98,11 +98,12 @@ def test_our_device_still_makes_these_bodies() -> None:
 def test_buckets() -> None:
     for case in STORED["dealt"]:
         buckets = [[bytes.fromhex(member) for member in bucket] for bucket in case["buckets"]]
-        members = sorted(member for bucket in buckets for member in bucket)
-        assert second.deal(members, case["size"], b"g" * 16, b"c" * 16) == buckets
+        owners = {bytes.fromhex(member): owner for member, owner in case["owners"].items()}
+        assert second.deal(owners, case["size"], case["minimum_owners"], b"g" * 16, b"c" * 16) == buckets
         ours = deal(
-            [MessageId(member) for member in members],
+            {MessageId(member): owner for member, owner in owners.items()},
             case["size"],
+            minimum_owners=case["minimum_owners"],
             gateway_nonce=b"g" * 16,
             coordinator_nonce=b"c" * 16,
         )

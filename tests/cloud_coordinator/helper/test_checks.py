@@ -119,7 +119,8 @@ def test_one_sum_for_every_bucket_by_site_and_index(bench: Bench) -> None:
     expected = []
     for site in ("north", "south"):
         ids = [each.id for name, each in rnd.updates.items() if bench.fleet.signer(name).certificate.site == site]
-        for bucket in deal(ids, 2, gateway_nonce=GATEWAY_NONCE, coordinator_nonce=COMMIT_NONCE):
+        coin = {"gateway_nonce": GATEWAY_NONCE, "coordinator_nonce": COMMIT_NONCE}
+        for bucket in deal(dict.fromkeys(ids, ""), 2, minimum_owners=1, **coin):
             expected.append(masks(bench, rnd, [by_id[each] for each in bucket]))
     assert [words(each) for each in job.add_up()] == expected
     assert len(expected) == 4
@@ -379,6 +380,15 @@ def test_too_few_owners(bench: Bench) -> None:
     bench.refuses(RejectReason.BELOW_OWNERS, rnd, rnd.request())
     rnd.add("d-1")
     bench.verify(rnd, rnd.request())
+
+
+def test_no_bucket_has_fewer_owners_than_a_sum_must_have(bench: Bench) -> None:
+    """Whatever the coin says, of two buckets one at least would have one or two owners."""
+    names = [f"d-m{number}" for number in range(6)]
+    bench.fleet.owners |= dict.fromkeys(names, "mallory")
+    rnd = bench.round("d-1", "d-2", *names, split={"minimum_cohort": 4, "minimum_owners": 3, "bucket": 4})
+    (total,) = bench.verify(rnd, rnd.request()).add_up()
+    assert words(total) == masks(bench, rnd, ["d-1", "d-2", *names])
 
 
 def test_devices_without_an_owner_count_as_one(bench: Bench) -> None:

@@ -102,7 +102,8 @@ def test_what_a_commit_leaves_out_is_subtracted(each: Case, arrivals: list[int],
 def test_buckets(each: Case, members: set[int], size: int, ours: bytes, theirs: bytes) -> None:
     by_id = {each.updates[i].id: i for i in members}
     total = each.round.layout.zeros()
-    for bucket in deal(by_id, size, gateway_nonce=ours, coordinator_nonce=theirs):
+    owners = dict.fromkeys(by_id, "")
+    for bucket in deal(owners, size, minimum_owners=1, gateway_nonce=ours, coordinator_nonce=theirs):
         inside = {by_id[member] for member in bucket}
         masked = each.add(each.masked[i] for i in inside)
         # Whoever holds seeds deals anew, from the ids alone.

@@ -98,8 +98,15 @@ class SplitRound:
     def dealt(self, gateway_nonce: bytes, *names: str) -> tuple[tuple[MessageId, ...], ...]:
         """The members of each own bucket, once the gateway has opened its share of the coin."""
         assert self.plan.split is not None
-        size = self.plan.split.bucket
-        return deal(self.ids(*names), size, gateway_nonce=gateway_nonce, coordinator_nonce=COIN)
+        split = self.plan.split
+        owners = {self.updates[name].id: self.fleet.owners.get(name, "") for name in names or self.names}
+        return deal(
+            owners,
+            split.bucket,
+            minimum_owners=split.minimum_owners,
+            gateway_nonce=gateway_nonce,
+            coordinator_nonce=COIN,
+        )
 
     def unmasked_buckets(self, reveal: Reveal, commitment: bytes, *names: str) -> list[Any]:
         """The values in each own bucket over these devices, whose deal is made again from the opened coin."""

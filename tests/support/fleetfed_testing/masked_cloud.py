@@ -89,7 +89,14 @@ class MaskedGateway(ScriptedGateway):
         found = []
         for site in sorted(by_site, key=lambda site: (site != self.name, site)):
             nonce = self.nonce(site, commit.plan)
-            dealt = deal(by_site[site], plan.split.bucket, gateway_nonce=nonce, coordinator_nonce=commit.nonce)
+            owners = {name: self.fleet.owners.get(self.updates[name].device, "") for name in by_site[site]}
+            dealt = deal(
+                owners,
+                plan.split.bucket,
+                minimum_owners=plan.split.minimum_owners,
+                gateway_nonce=nonce,
+                coordinator_nonce=commit.nonce,
+            )
             for index, names in enumerate(dealt):
                 words = self.masked_sum(names, ring).astype("<u8").tobytes()
                 found.append(Bucket(site=site, nonce=nonce, index=index, count=len(names), words=words))
@@ -240,7 +247,11 @@ class ScriptedHelper:
                 group
                 for site, own in sites.items()
                 for group in deal(
-                    own, plan.split.bucket, gateway_nonce=request.nonces[site], coordinator_nonce=commit.nonce
+                    dict.fromkeys(own, ""),
+                    plan.split.bucket,
+                    minimum_owners=1,
+                    gateway_nonce=request.nonces[site],
+                    coordinator_nonce=commit.nonce,
                 )
             ]
         sums = tuple(self._sum([heads[name] for name in group], request, world) for group in groups)
