@@ -177,11 +177,12 @@ class Inbox:
         coordinator.verifier.head(head, kind=_KINDS[verb], now=coordinator.clock(), sender=gateway)
         current = self._open(head)
         most = self._most(gateway, verb, current)
-        if head.header.raw_size > most:
-            raise RemoteProtocolError(RejectReason.TOO_LARGE, f"{head.header.raw_size} bytes, at most {most}")
+        size = max(head.header.body_size, head.header.raw_size)
+        if size > most:
+            raise RemoteProtocolError(RejectReason.TOO_LARGE, f"{size} bytes, at most {most}")
 
     def _most(self, sender: str, verb: Verb, current: PlanInForce) -> int:
-        """Bytes that a message's body may have once decompressed."""
+        """Bytes that a message's body may have, as sent and once decompressed."""
         cap, reveals = current.plan.quorum.cohort_cap, self._coordinator.reveals
         match verb:
             case Verb.PROPOSE:

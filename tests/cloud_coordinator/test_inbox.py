@@ -18,7 +18,7 @@ from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.signer import Message
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.chunks import split
-from fleetfed.shared.wire.envelope import HEADER_SIZE, Digest, MessageKind
+from fleetfed.shared.wire.envelope import BODY_LIMITS, HEADER_SIZE, Digest, MessageKind
 from fleetfed.shared.wire.messages import Commit, Need, Plan, Revocations
 from fleetfed.shared.wire.topics import Kind, Verb
 
@@ -269,6 +269,20 @@ async def test_a_reveal_too_large_for_its_plan_is_refused_by_its_head(round_: Op
     before = facts(round_.world)
     await round_.world.hear("north", Verb.REVEAL, split(message.id, message.encode())[0])
     assert facts(round_.world) == before
+    assert round_.world.receipts("north")[-1].reason is RejectReason.TOO_LARGE
+
+
+@pytest.mark.parametrize("verb", [Verb.PROPOSE, Verb.REVEAL])
+async def test_a_compressed_body_reserves_no_more_than_its_plan_needs(round_: Open, verb: Verb) -> None:
+    """A head may promise half a gigabyte as sent that is ten bytes once decompressed."""
+    await round_.propose(round_.north)
+    kind = MessageKind.PROPOSE if verb is Verb.PROPOSE else MessageKind.REVEAL
+    huge = bytes(BODY_LIMITS[MessageKind.PROPOSE])
+    message = round_.north.signer.sign_raw(
+        kind, huge, raw_size=10, compressed=True, now=round_.plan.opened, round=round_.plan.round
+    )
+    await round_.world.hear("north", verb, split(message.id, message.encode())[0])
+    assert round_.world.inbox._assemblers["north", verb].reserved == 0
     assert round_.world.receipts("north")[-1].reason is RejectReason.TOO_LARGE
 
 
