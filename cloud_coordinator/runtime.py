@@ -178,7 +178,8 @@ class Runtime:
         tasks: list[asyncio.Task[Any]] = []
         try:
             # Before anything can arrive.
-            await self._coordinator.prepare()
+            run = self._coordinator.machine.run.settings
+            await self._coordinator.book.privacy.prepare(run.privacy, self._config.rounds.privacy)
             session = asyncio.create_task(self._session.run(), name="session")
             tasks += [session, asyncio.create_task(self._sender.run(), name="sender")]
             self._coordinator.start()

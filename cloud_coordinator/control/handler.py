@@ -28,7 +28,6 @@ from fleetfed.cloud_coordinator.events import (
     ResumeRequested,
     StartRequested,
 )
-from fleetfed.cloud_coordinator.privacy import accounting
 from fleetfed.cloud_coordinator.privacy.book import PrivacyBudgetError
 from fleetfed.cloud_coordinator.publish import REVOCATIONS, Outgoing
 from fleetfed.cloud_coordinator.service import Coordinator
@@ -187,8 +186,7 @@ class Control:
         return lambda: self._handled(StartRequested(settings))
 
     async def _check(self, settings: RoundSettings) -> None:
-        if settings.privacy is not None:
-            await asyncio.to_thread(accounting.load)
+        await self._coordinator.book.privacy.prepare(settings.privacy)
         try:
             self._coordinator.check_settings(settings)
         except RemoteProtocolError as error:

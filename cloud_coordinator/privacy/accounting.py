@@ -24,9 +24,8 @@ from typing import Annotated, Any, Final
 
 import numpy as np
 
-from fleetfed.cloud_coordinator.privacy.matrix import column_square
 from fleetfed.shared.errors import ConfigError
-from fleetfed.shared.privacy.mechanism import FLAG_SENSITIVITY
+from fleetfed.shared.privacy.cost import FLAG_SENSITIVITY, ORDERS, gaussian_precision, skellam_bounds
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.codec import Length
 from fleetfed.shared.wire.envelope import digest
@@ -35,10 +34,6 @@ from fleetfed.shared.wire.privacy import Mechanism, Privacy
 
 UNIT: Final = "one device"
 RELATION: Final = "zero-out (REPLACE_SPECIAL): one device's content replaced by zero, its participation public"
-_ROUNDING: Final = 2.5
-"""r of the module's argument, in levels."""
-_ORDERS: Final = (*range(2, 513), 1024, 2048, 4096)
-"""Orders of the Renyi divergence: whole ones, since the theorem on Skellam noise is stated for no others."""
 _DIGITS: Final = 4
 _HOPELESS: Final = 100.0
 
@@ -221,27 +216,12 @@ def _gaussian(ratio: float, delta: float) -> float:
 
 def _precision(segment: Segment) -> float:
     """Summed squares of sensitivity over noise of all that is Gaussian in a segment."""
-    if segment.mechanism is Mechanism.SKELLAM:
-        return 0.0
-    sigma = segment.noise_multiplier * segment.clip
-    if segment.mechanism is Mechanism.MATRIX:
-        return segment.participations * column_square(segment.band) / segment.noise_multiplier**2
-    each = segment.clip**2 / _continuous(sigma)
-    if segment.flag_noise:
-        each += FLAG_SENSITIVITY**2 / _continuous(2 * segment.flag_noise)
-    return segment.participations * each
-
-
-def _continuous(sigma: float) -> float:
-    """The variance of the continuous Gaussian that a discrete one is worth."""
-    variance: float = sigma * sigma - _ROUNDING * _ROUNDING
-    # Below that there is no such Gaussian, and the plan is refused anyway (`mechanism.LEAST_SIGMA`).
-    return max(variance, 1e-9)
+    return segment.participations * gaussian_precision(segment, segment.dimension)
 
 
 def _renyi(segments: list[Segment], precision: float, which: int, delta: float) -> float:
     dpa = _library()
-    accountant = _rdp().RdpAccountant(_ORDERS, dpa.NeighboringRelation.REPLACE_SPECIAL)
+    accountant = _rdp().RdpAccountant(ORDERS, dpa.NeighboringRelation.REPLACE_SPECIAL)
     events = [dpa.GaussianDpEvent(1 / math.sqrt(precision))] if precision else []
     for segment in segments:
         variance = (segment.noise_multiplier * segment.clip) ** 2
@@ -257,17 +237,10 @@ def _renyi(segments: list[Segment], precision: float, which: int, delta: float) 
 
 
 def _skellam(l2: float, dimension: int, variance: float) -> tuple[Any, Any]:
-    """Two bounds of one Skellam release (Agarwal et al. 2021, "The Skellam Mechanism", theorem 3.5).
-
-    Each is linear in the order of the divergence, which is what a `ZCDpEvent` says; both hold for whole orders.
-    """
+    """The two bounds of one Skellam release; each is linear in the order, which is what a `ZCDpEvent` says."""
     dpa = _library()
-    l1 = min(math.sqrt(dimension) * l2, l2 * l2)
-    rho, square = l2 * l2 / (2 * variance), variance * variance
-    return (
-        dpa.ZCDpEvent(rho=rho + l2 * l2 / (2 * square), xi=max(0.0, (6 * l1 - l2 * l2) / (4 * square))),
-        dpa.ZCDpEvent(rho=rho, xi=1.5 * l1 / variance),
-    )
+    first, second = (dpa.ZCDpEvent(rho=rho, xi=xi) for rho, xi in skellam_bounds(l2, dimension, variance))
+    return first, second
 
 
 def load() -> None:

@@ -7,6 +7,7 @@ state, an object as secret as the devices' data.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Final
 
 from fleetfed.cloud_coordinator.privacy import accounting
@@ -47,6 +48,12 @@ class PrivacyBook:
         self._signer = signer
         self._made: tuple[PrivacySettings, int, Privacy] | None = None
         self._old: bytes | None = None
+
+    @staticmethod
+    async def prepare(*settings: PrivacySettings | None) -> None:
+        """Import in a thread what takes seconds, if any of these settings will need it."""
+        if any(each is not None for each in settings):
+            await asyncio.to_thread(accounting.load)
 
     def privacy_of(self, settings: PrivacySettings, dimension: int) -> Privacy:
         """What plans say; worked out once for the same settings.

@@ -7,6 +7,10 @@ Devices that stay a band apart from their last round meet disjoint rows, so that
 the number of its rounds times the squared norm of a column (Choquette-Choo et al. 2023, "(Amplified) Banded Matrix
 Factorization"). No sampling is assumed; devices enforce the separation themselves.
 
+Everything is whole numbers: noise comes in parts of a level (`cost.fineness`), coefficients in units of 2**-16, and
+what is taken back of earlier noise is rounded to the noise's own grid. So a round's noise is an exact discrete Gaussian
+around a function of the rounds before, and what rounding adds to the sensitivity is known (`cost.gaussian_precision`).
+
 The last ``band - 1`` noise vectors are needed for the next: they are as secret as the data, and losing them ends the
 mechanism.
 """
@@ -24,26 +28,15 @@ from numpy.typing import NDArray
 
 from fleetfed.shared.errors import StorageError
 from fleetfed.shared.privacy import mechanism
-from fleetfed.shared.privacy.noise import MOST_SIGMA, Integers
+from fleetfed.shared.privacy.cost import COEFFICIENT, coefficients, fineness
+from fleetfed.shared.privacy.noise import Integers
 
-_FINE: Final = 1 << 16
-"""Fresh noise comes in steps of this part of a level (of whole levels where it is very wide)."""
-_FORMAT: Final = 1
+_FORMAT: Final = 2
+_OLD: Final = 1
+_LIMIT: Final = np.iinfo(np.int32)
 
-Vector = NDArray[np.float32]
-
-
-def coefficients(band: int) -> list[float]:
-    """The first column of the matrix: ``band`` numbers, the first of them 1."""
-    found = [1.0]
-    for j in range(1, band):
-        found.append(found[-1] * (2 * j - 1) / (2 * j))
-    return found
-
-
-def column_square(band: int) -> float:
-    """Squared norm of a column: what one participation adds to the squared sensitivity, for a clip of 1."""
-    return math.fsum(c * c for c in coefficients(band))
+Vector = NDArray[np.int32]
+"""Noise of a round, in parts of a level."""
 
 
 def prefix_rmse(rounds: int, band: int) -> float:
@@ -68,7 +61,7 @@ class MatrixState:
     Attributes:
         mechanism: which parameters and key it belongs to (`noising.Noise.mechanism`); others begin with fresh noise.
         round: number of the last of them.
-        history: float32 vectors, newest first, at most ``band - 1`` of them.
+        history: int32 vectors, newest first, at most ``band - 1`` of them.
     """
 
     mechanism: str
@@ -77,7 +70,7 @@ class MatrixState:
 
     def encode(self) -> bytes:
         """The state's bytes: as secret as the data of the devices."""
-        packed = msgpack.packb([_FORMAT, self.mechanism, self.round, [v.astype("<f4").tobytes() for v in self.history]])
+        packed = msgpack.packb([_FORMAT, self.mechanism, self.round, [v.astype("<i4").tobytes() for v in self.history]])
         assert isinstance(packed, bytes)
         return packed
 
@@ -90,32 +83,44 @@ class MatrixState:
         """
         try:
             version, name, number, vectors = msgpack.unpackb(data, max_bin_len=len(data))
+            if version == _OLD:
+                # Floats of another grid: the noise begins anew, which costs nobody more.
+                return cls(mechanism="")
             if version != _FORMAT:
                 raise StorageError(f"noise state of version {version}")
-            history: list[Any] = [np.frombuffer(vector, dtype="<f4").astype(np.float32) for vector in vectors]
+            history: list[Any] = [np.frombuffer(vector, dtype="<i4").astype(np.int32) for vector in vectors]
         except (ValueError, TypeError) as error:
             raise StorageError(f"the stored noise state is damaged: {error}") from error
         return cls(mechanism=name, round=number, history=tuple(history))
 
 
 def next_noise(history: Sequence[Vector], *, dimension: int, sigma: float, band: int, key: bytes) -> Vector:
-    """The noise of the next round, in levels: fresh noise less what the band takes back.
+    """The noise of the next round, in parts of a level: fresh noise less what the band takes back.
 
     Args:
         history: the noise of the rounds before, newest first.
         dimension: of the vector.
-        sigma: deviation of the fresh noise.
+        sigma: deviation of the fresh noise, in levels.
         band: of the matrix.
         key: 32 bytes, of this round.
     """
-    fine = _FINE if sigma * _FINE <= MOST_SIGMA else 1
-    fresh: NDArray[np.float64] = mechanism.gaussian(dimension, sigma * fine, key) / fine
+    taken: Integers = np.full(dimension, COEFFICIENT // 2, dtype=np.int64)
     for c, before in zip(coefficients(band)[1:], history, strict=False):
-        fresh -= c * before
-    # What is stored is what is released: the next round takes back exactly that.
-    return fresh.astype(np.float32)
+        taken += int(c * COEFFICIENT) * before.astype(np.int64)
+    drawn = mechanism.gaussian(dimension, sigma * fineness(sigma), key) - taken // COEFFICIENT
+    # Only what lies beyond twelve deviations does not fit, which no delta sees.
+    noise: Vector = np.clip(drawn, _LIMIT.min, _LIMIT.max).astype(np.int32)
+    return noise
 
 
-def add_noise(values: Integers, noise: Vector) -> Integers:
-    """The noised sum in whole levels: rounding hides what lies in the low bits of a float."""
-    return np.rint(values + noise.astype(np.float64)).astype(np.int64)
+def add_noise(values: Integers, noise: Vector, *, sigma: float) -> Integers:
+    """The noised sum in whole levels.
+
+    Args:
+        values: the sum, in levels.
+        noise: from `next_noise`, for the same ``sigma``.
+    """
+    fine = fineness(sigma)
+    # As the noised sum in parts of a level would be rounded: a function of it, and of nothing else.
+    rounded: Integers = values + (noise.astype(np.int64) + fine // 2) // fine
+    return rounded

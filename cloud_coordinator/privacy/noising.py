@@ -72,7 +72,7 @@ def add_coordinator_noise(total: Partial, privacy: Privacy, noise: Noise) -> Noi
         meta = replace(meta, beyond=meta.beyond + shift / (2 * meta.count))
     if privacy.mechanism is Mechanism.MATRIX:
         correlated, state = _correlated(values.size, sigma, privacy.band, noise)
-        return Noised(values=matrix.add_noise(values.astype(np.int64), correlated), meta=meta, state=state)
+        return Noised(values=matrix.add_noise(values.astype(np.int64), correlated, sigma=sigma), meta=meta, state=state)
     if sigma:
         values = values + mechanism.gaussian(values.size, sigma, noise.key)
     return Noised(values=values, meta=meta)

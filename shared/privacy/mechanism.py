@@ -27,6 +27,7 @@ from fleetfed.shared.aggregate.lanes import Values, Words
 from fleetfed.shared.errors import LocalProtocolError
 from fleetfed.shared.privacy import noise
 from fleetfed.shared.privacy.clipping import unrounded_norm
+from fleetfed.shared.privacy.cost import MOST_CORRELATED, check_promise
 from fleetfed.shared.privacy.noise import Integers
 from fleetfed.shared.secure.kdf import KEY_SIZE, Label, derive
 from fleetfed.shared.wire.defence import Rule
@@ -35,8 +36,6 @@ from fleetfed.shared.wire.privacy import Mechanism, Privacy
 
 LEAST_SIGMA: Final = 4.0
 """In levels: below it a discrete Gaussian, or a Skellam share, is not close enough to what the accounting assumes."""
-FLAG_SENSITIVITY: Final = 1.0
-"""What one device says of its clip is +1 or -1; without it, 0."""
 
 
 def flag_sigma(privacy: Privacy) -> float:
@@ -100,6 +99,10 @@ def check_privacy(plan: Plan) -> None:
         raise ValueError("differential privacy without error feedback: what a clip cut off would come back")
     if plan.defence is not None and (plan.defence.rule is not Rule.SUM or plan.defence.outlier_score):
         raise ValueError("a defence leaves devices out because of what others say, which no noise covers")
+    if plan.defence is not None and 0 < plan.defence.norm_bound < privacy.clip:
+        raise ValueError(
+            "a norm bound below the clip leaves devices out because of what they hold; no noise covers that"
+        )
     unrounded_norm(privacy.clip, plan.dimension)
     split = plan.split if plan.mode is Mode.SPLIT else None
     if privacy.mechanism in (Mechanism.SKELLAM, Mechanism.SPLIT_CENTRAL) and split is None:
@@ -115,11 +118,16 @@ def check_privacy(plan: Plan) -> None:
     elif privacy.band != 1:
         raise ValueError(f"{privacy.band} bands for the mechanism {privacy.mechanism}")
     least = device_sigma(privacy)[0] or coordinator_sigma(privacy)[0]
-    most = noise.MOST_SKELLAM if privacy.mechanism is Mechanism.SKELLAM else noise.MOST_SIGMA
+    most = {Mechanism.SKELLAM: noise.MOST_SKELLAM, Mechanism.MATRIX: MOST_CORRELATED}.get(
+        privacy.mechanism, noise.MOST_SIGMA
+    )
     if not LEAST_SIGMA <= least <= most:
         raise ValueError(f"noise of {least:g} levels; {LEAST_SIGMA:g} to {most:g} can be drawn")
     if 0 < flag_sigma(privacy) < LEAST_SIGMA:
         raise ValueError(f"flag_noise {privacy.flag_noise:g}; from {LEAST_SIGMA / 2:g} on it can be accounted for")
+    if 0 < device_sigma(privacy)[1] < noise.LEAST_SIGMA:
+        raise ValueError(f"flag_noise {privacy.flag_noise:g} in {privacy.honest} shares is too little for each")
+    check_promise(privacy, plan.dimension)
 
 
 def key_for(secret: bytes, *content: bytes | memoryview) -> bytes:
@@ -151,7 +159,7 @@ def add_gateway_noise(partial: Partial, secret: bytes) -> Partial:
     ring = partial.ring
     if ring.noise is None or not ring.noise.released:
         return partial
-    if len(secret) != KEY_SIZE:
+    if len(secret) < KEY_SIZE:
         raise LocalProtocolError("a sum that is to be noised, and no secret to draw the noise from")
     key = key_for(secret, partial.count.to_bytes(8, "little"), partial.words.data.cast("B"))
     values = gaussian(ring.layout.dimension, ring.noise.released, key)

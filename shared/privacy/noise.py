@@ -21,6 +21,7 @@ from fleetfed.shared.privacy.tables import GUIDE_BITS, Table
 from fleetfed.shared.secure.kdf import Label, derive
 from fleetfed.shared.secure.prg import add_mask
 
+LEAST_SIGMA: Final = tables.LEAST_SIGMA
 MOST_SIGMA: Final = float(1 << 40)
 MOST_SKELLAM: Final = 4 * tables.MOST_SIGMA
 """Widest Skellam noise: sixteen draws, whose variances add."""

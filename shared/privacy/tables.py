@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 UNIFORM_BITS: Final = 128
 GUIDE_BITS: Final = 16
+LEAST_SIGMA: Final = 0.05
 MOST_SIGMA: Final = 8192.0
 """Widest distribution that gets a table: 1.2e5 thresholds, 2 MB."""
 _SCALE: Final = 256
@@ -75,8 +76,8 @@ def _table(weights: list[int]) -> Table:
 
 
 def _check(sigma: float) -> None:
-    if not 0.05 <= sigma <= MOST_SIGMA:
-        raise ValueError(f"sigma must be in 0.05..{MOST_SIGMA:g} for a table, not {sigma}")
+    if not LEAST_SIGMA <= sigma <= MOST_SIGMA:
+        raise ValueError(f"sigma must be in {LEAST_SIGMA:g}..{MOST_SIGMA:g} for a table, not {sigma}")
 
 
 @lru_cache(maxsize=8)

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from fleetfed.cloud_coordinator.privacy import accounting
 from fleetfed.cloud_coordinator.privacy.accounting import Account, Segment, calibrate, epsilon
-from fleetfed.cloud_coordinator.privacy.matrix import column_square, prefix_rmse
+from fleetfed.cloud_coordinator.privacy.matrix import prefix_rmse
 from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.privacy import cost as worth
 from fleetfed.shared.privacy.clipping import rounded_norm
-from fleetfed.shared.wire.privacy import Mechanism
+from fleetfed.shared.privacy.cost import column_square
+from fleetfed.shared.wire.privacy import Mechanism, Privacy
 
 dpa = pytest.importorskip("dp_accounting")
 import mpmath  # noqa: E402
@@ -107,7 +109,8 @@ def test_the_matrix_beats_independent_noise_as_the_table_says(
     assert prefix_rmse(rounds, band) * math.sqrt(times * column_square(band)) == pytest.approx(banded, rel=5e-3)
     noisy = segment(Mechanism.MATRIX, z=40.0, times=times, band=band, min_separation=band)
     alone = dpa.get_epsilon_gaussian(40.0 / math.sqrt(times * column_square(band)), DELTA)
-    assert cost(noisy.full()) == pytest.approx(alone)
+    # Rounding what is taken back to the grid of the noise costs half a percent, here where the noise is very wide.
+    assert alone <= cost(noisy.full()) == pytest.approx(alone, rel=5e-3)
 
 
 # --- Against the library ----------------------------------------------------------------------------------------------
@@ -201,18 +204,51 @@ def test_the_theorem_on_skellam_noise_bounds_the_exact_divergence(variance: int,
                 assert exact <= event.rho * order + event.xi
 
 
+@given(
+    z=st.floats(0.3, 50),
+    times=st.integers(1, 300),
+    clip=st.floats(20, 1e5),
+    flags=st.sampled_from([0.0, 4.0, 40.0]),
+    delta=st.sampled_from([1e-5, 1e-6, 1e-10]),
+    mechanism=st.sampled_from(Mechanism),
+)
+@settings(max_examples=60, deadline=None)
+def test_devices_believe_what_the_accountant_says_and_nothing_better(
+    z: float, times: int, clip: float, flags: float, delta: float, mechanism: Mechanism
+) -> None:
+    """They have no accountant; `cost.check_promise` must come to the same numbers."""
+    found = segment(mechanism, z=z, times=times, clip=clip, dimension=1000, flag_noise=flags, band=3, min_separation=3)
+    said = epsilon((found.full(),), delta)
+    private = Privacy(
+        mechanism=mechanism,
+        clip=clip,
+        noise_multiplier=z,
+        max_participations=times,
+        min_separation=3,
+        honest=8,
+        band=3,
+        flag_noise=flags,
+        epsilon=said,
+        delta=delta,
+    )
+    worth.check_promise(private, 1000)
+    if said < 5000:
+        with pytest.raises(ValueError, match="does not earn"):
+            worth.check_promise(replace(private, epsilon=said * 0.995 - 1e-5 if said > 1e-2 else 0.0), 1000)
+
+
 # --- What a discrete Gaussian is worth --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("sigma", "k"), [(4, 0), (4, 5), (50, 12)])
 def test_a_discrete_gaussian_is_a_rounded_continuous_one(sigma: int, k: int) -> None:
-    """The lemma behind `accounting._continuous`, computed to 60 digits.
+    """The lemma behind `cost.continuous`, computed to 60 digits.
 
     Round ``y ~ N(0, sigma**2 - r**2)`` to ``k`` with probability ``exp(-(k - y)**2 / (2 r**2)) / theta(y)``: what comes
     out has the probabilities of the discrete Gaussian but for a factor within 2**-170 of 1.
     """
     with mpmath.workdps(60):
-        r = mpmath.mpf(accounting._ROUNDING)
+        r = mpmath.mpf(worth._ROUNDING)
         s = mpmath.sqrt(sigma**2 - r**2)
 
         def theta(y: Any) -> Any:

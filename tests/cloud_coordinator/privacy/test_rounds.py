@@ -208,7 +208,8 @@ async def test_the_library_is_imported_beside_the_event_loop(tmp_path: Path, mon
     real = accounting.load
     monkeypatch.setattr(accounting, "load", lambda: (threads.append(threading.get_ident()), real())[1])
     world, _ = await world_of(tmp_path, PrivacySettings(participations=10))
-    await world.coordinator.prepare()
+    await world.coordinator.book.privacy.prepare(None, PrivacySettings())
+    await world.coordinator.book.privacy.prepare(None)
     await world.ask(Command.ROUND_PAUSE)
     await world.ask(Command.ROUND_ABORT)
     assert (await world.ask(Command.ROUND_RESUME)).error == ""

@@ -47,7 +47,7 @@ def privacy(mechanism: Mechanism = Mechanism.CENTRAL, **given: Any) -> Privacy:
         "clip": 300.0,
         "noise_multiplier": 1.0,
         "max_participations": 10,
-        "epsilon": 8.0,
+        "epsilon": 40.0,
         "delta": 1e-6,
         "honest": 8 if mechanism is Mechanism.SKELLAM else 0,
     }
@@ -250,7 +250,17 @@ def test_a_claim_beyond_what_the_noise_explains_is_refused() -> None:
         ({"privacy": privacy(clip=5.0)}, "rounding alone"),
         ({"privacy": privacy(noise_multiplier=0.01)}, "can be drawn"),
         ({"privacy": privacy(clip=1e12, noise_multiplier=1e4)}, "can be drawn"),
+        ({"defence": Defence(norm_bound=299.0)}, "what they hold"),
+        ({"privacy": privacy(epsilon=8.0)}, "does not earn"),
         ({"privacy": privacy(flag_noise=0.5)}, "flag_noise"),
+        (
+            {
+                "privacy": privacy(Mechanism.SKELLAM, flag_noise=2.0, honest=9000, clip=1000.0),
+                "mode": Mode.SPLIT,
+                "split": replace(SPLIT, minimum_cohort=9000),
+            },
+            "9000 shares",
+        ),
         ({"privacy": privacy(band=4, min_separation=4)}, "bands"),
         ({"privacy": privacy(Mechanism.MATRIX, band=4)}, "apart"),
         ({"privacy": privacy(Mechanism.MATRIX, flag_noise=5.0)}, "fixed clip"),
