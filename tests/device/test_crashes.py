@@ -53,7 +53,7 @@ GATEWAY = signer_of(AUTHORITY.member(Role.GATEWAY, "g-north"))
 MASKED = SplitSite(AUTHORITY)
 UNIFORM = Quantization(bits=4, lane_bits=16, clips=(0.05,) * len(CARD.tensors), weight_cap=1)
 NOISY = Privacy(
-    mechanism=Mechanism.CENTRAL, clip=100.0, noise_multiplier=1.0, max_participations=2, epsilon=1.0, delta=1e-6
+    mechanism=Mechanism.CENTRAL, clip=100.0, noise_multiplier=1.0, max_participations=2, epsilon=10.0, delta=1e-6
 )
 TOPICS = SiteTopics(fleet="demo", site="north")
 

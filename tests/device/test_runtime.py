@@ -278,7 +278,7 @@ def test_a_plan_that_is_refused_is_declined_and_shown(site: Site) -> None:
 
 def noisy_plan() -> dict[str, Any]:
     noisy = Privacy(
-        mechanism=Mechanism.CENTRAL, clip=100.0, noise_multiplier=1.0, max_participations=1, epsilon=1.0, delta=1e-6
+        mechanism=Mechanism.CENTRAL, clip=100.0, noise_multiplier=1.0, max_participations=1, epsilon=10.0, delta=1e-6
     )
     quantization = Quantization(bits=4, lane_bits=16, clips=(0.05,) * len(CARD.tensors), weight_cap=1)
     return {"privacy": noisy, "quantization": quantization, "weighting": Weighting.UNIFORM}

@@ -103,7 +103,7 @@ def test_mode_and_masks_must_agree(changes: dict[str, Any]) -> None:
 
 def test_a_promise_of_privacy_that_cannot_be_kept() -> None:
     noisy = Privacy(
-        mechanism=Mechanism.CENTRAL, clip=100.0, noise_multiplier=1.0, max_participations=2, epsilon=1.0, delta=1e-6
+        mechanism=Mechanism.CENTRAL, clip=100.0, noise_multiplier=1.0, max_participations=2, epsilon=10.0, delta=1e-6
     )
     verdict = judged(plan(privacy=noisy))
     assert verdict.reason is RejectReason.WRONG_SHAPE
