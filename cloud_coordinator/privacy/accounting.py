@@ -38,10 +38,13 @@ _DIGITS: Final = 4
 _HOPELESS: Final = 100.0
 
 TRUSTED: Final = {
-    Mechanism.CENTRAL: "the coordinator; in plain mode the device's gateway too",
+    Mechanism.CENTRAL: "the coordinator; in plain mode the device's gateway and the brokers on the way too",
     Mechanism.SPLIT_CENTRAL: "the device's gateway or the coordinator: either one, against the other and the public",
-    Mechanism.MATRIX: "the coordinator, and whoever can read its noise state; in plain mode the gateway too",
-    Mechanism.SKELLAM: "gateway or coordinator not to work together, and the promised number of devices to add noise",
+    Mechanism.MATRIX: (
+        "the coordinator, and whoever can read its noise state; in plain mode the device's gateway and the brokers on "
+        "the way too"
+    ),
+    Mechanism.SKELLAM: "gateway and coordinator not to work together, and the promised number of devices to add noise",
 }
 """Who must be honest for the guarantee to hold."""
 

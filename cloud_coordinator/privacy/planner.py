@@ -140,26 +140,32 @@ def accuracy(ratio: float) -> dict[str, Any]:
 
 
 def adversaries(privacy: Privacy) -> list[dict[str, str]]:
-    """What each party would learn, in split mode; in plain mode the own gateway reads every update."""
+    """What each party would learn; of parties together, what they learn beside what each of them does."""
     within = f"the noised models: epsilon {privacy.epsilon:.3g} at delta {privacy.delta:g}"
     exact = "exact sums of each cohort"
-    gateway, coordinator, both, device = within, within, "every update", within
+    broker = "who takes part and when; sizes, which are equal"
+    gateway, coordinator, both, joined, device = within, within, "every update", exact, within
     match privacy.mechanism:
         case Mechanism.CENTRAL | Mechanism.MATRIX:
             coordinator = exact
+            gateway = f"{within}; in plain mode every update of its site"
+            broker = f"{broker}; in plain mode whatever passes it: updates, or exact sums"
         case Mechanism.SPLIT_CENTRAL:
             coordinator = f"sums with the gateway's noise: epsilon {privacy.epsilon:.3g}"
             gateway = f"its own noise, and models with the coordinator's: epsilon {privacy.epsilon:.3g}"
         case Mechanism.SKELLAM:
             coordinator = f"sums with the devices' noise: epsilon {privacy.epsilon:.3g}"
             both = "every update, with one device's share of the noise: nearly nothing hidden"
+            joined = coordinator
             device = f"{within}; each knows its own share of the noise, {privacy.honest} honest others must remain"
     return [
         {"who": "device owner", "learns": device},
-        {"who": "broker", "learns": "who takes part and when; sizes, which are equal"},
+        {"who": "broker", "learns": broker},
         {"who": "gateway", "learns": gateway},
         {"who": "coordinator", "learns": coordinator},
+        {"who": "helper", "learns": f"who takes part and when; {within}"},
         {"who": "gateway and coordinator", "learns": both},
+        {"who": "the same, where there is a helper that helps neither", "learns": joined},
         {"who": "public", "learns": within},
     ]
 

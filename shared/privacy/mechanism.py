@@ -106,7 +106,7 @@ def check_privacy(plan: Plan) -> None:
     unrounded_norm(privacy.clip, plan.dimension)
     split = plan.split if plan.mode is Mode.SPLIT else None
     if privacy.mechanism in (Mechanism.SKELLAM, Mechanism.SPLIT_CENTRAL) and split is None:
-        # In plain mode the gateway reads each update, and the coordinator its size, which depends on the data.
+        # In plain mode gateway and brokers read each update, and its compressed size depends on the data.
         raise ValueError(f"the mechanism {privacy.mechanism} keeps its word in split mode only")
     if privacy.mechanism is Mechanism.SKELLAM and split is not None and not 2 <= privacy.honest <= split.minimum_cohort:
         raise ValueError(f"{privacy.honest} honest devices in sums of {split.minimum_cohort} and more")

@@ -46,11 +46,20 @@ def test_each_mechanism_says_whom_it_protects_against() -> None:
             "broker",
             "gateway",
             "coordinator",
+            "helper",
             "gateway and coordinator",
+            "the same, where there is a helper that helps neither",
             "public",
         }
         assert knows in rows["coordinator"]
         assert "every update" in rows["gateway and coordinator"]
+        # A gateway knows its own noise, and can take it out of what the coordinator has; devices' noise nobody can.
+        together = rows["the same, where there is a helper that helps neither"]
+        assert ("exact sums" in together) == (mechanism is not Mechanism.SKELLAM)
+        # Both of these run in plain mode too, where nothing is encrypted to anybody.
+        plain = mechanism in (Mechanism.CENTRAL, Mechanism.MATRIX)
+        assert ("plain mode" in rows["gateway"]) == ("plain mode" in rows["broker"]) == plain
+        assert ("brokers" in found["honest"]) == plain
 
 
 def test_correlated_noise_leaves_the_model_less_of_it() -> None:
