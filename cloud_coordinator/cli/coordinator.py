@@ -45,6 +45,9 @@ start_when = 1                 # devices that must be ready before a round opens
 deadline = 600.0               # seconds until gateways close a round
 expires = 900.0                # seconds until the coordinator closes it
 # weighting = "examples"       # or "uniform"
+# mode = "split"               # sums of updates that no gateway can read; default "plain"
+# minimum_cohort = 5           # fewest devices in such a sum
+# update_bytes = 100_000       # most of a masked update; goes with few bits in [clips] and momentum in [optimizer]
 
 [rounds.training]
 epochs = 1
@@ -52,6 +55,10 @@ optimizer = "sgd"              # or "adam"
 learning_rate = 0.05
 # momentum = 0.9
 # proximal = 0.0               # FedProx
+
+# [optimizer]
+# name = "momentum"            # of the mean update, on the server; default "fedavg", which takes it as it is
+# beta1 = 0.5
 
 # [clips]
 # bits = 4                     # of one coordinate of an update
