@@ -189,7 +189,13 @@ def calibrate(segment: Segment, budget: float, delta: float) -> float:
 
 
 def statement(privacy: Privacy, account: Account) -> dict[str, Any]:
-    """What may be claimed, in one place: everything that a number for epsilon means nothing without."""
+    """What may be claimed, in one place: everything that a number for epsilon means nothing without.
+
+    Args:
+        privacy: of the last plan.
+        account: with its round.
+    """
+    *before, last = account.segments
     return {
         "epsilon": account.epsilon(privacy.delta),
         "delta": privacy.delta,
@@ -199,7 +205,7 @@ def statement(privacy: Privacy, account: Account) -> dict[str, Any]:
         "noise_multiplier": privacy.noise_multiplier,
         "max_participations": privacy.max_participations,
         "min_separation": privacy.min_separation,
-        "epsilon_at_most": privacy.epsilon,
+        "epsilon_at_most": epsilon((*before, last.full()), privacy.delta),
         "rounds": sum(segment.rounds for segment in account.segments),
         "honest": TRUSTED[privacy.mechanism],
     }

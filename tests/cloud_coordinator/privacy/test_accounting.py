@@ -345,6 +345,27 @@ def test_a_separation_lets_rounds_pass_for_nothing() -> None:
     assert account.after(apart, 40).segments[0].participations == 10
 
 
+def test_what_is_promised_at_most_counts_what_other_settings_cost_before() -> None:
+    first, second = segment(z=5.0, times=50), segment(z=4.0, times=50)
+    private = Privacy(
+        mechanism=Mechanism.CENTRAL,
+        clip=second.clip,
+        noise_multiplier=4.0,
+        max_participations=50,
+        epsilon=cost(second),
+        delta=DELTA,
+    )
+    account = Account()
+    for number in range(1, 41):
+        account = account.after(first, number)
+    for number in range(41, 92):
+        account = account.after(second, number)
+        said = accounting.statement(private, account)
+        assert said["epsilon"] <= said["epsilon_at_most"] * (1 + 1e-9)
+    assert said["epsilon"] == pytest.approx(said["epsilon_at_most"])
+    assert said["epsilon_at_most"] > private.epsilon
+
+
 def test_another_key_does_not_inherit_the_separation() -> None:
     """A device that believes the old key no more has forgotten when it last took part, so it may do so at once."""
     old, new = (replace(segment(times=5, min_separation=4), signer=key) for key in (b"old", b"new"))
