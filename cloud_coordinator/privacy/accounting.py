@@ -188,14 +188,17 @@ def calibrate(segment: Segment, budget: float, delta: float) -> float:
     return math.ceil(high * scale) / scale
 
 
-def statement(privacy: Privacy, account: Account) -> dict[str, Any]:
+def statement(privacy: Privacy, account: Account, *, number: int = 0) -> dict[str, Any]:
     """What may be claimed, in one place: everything that a number for epsilon means nothing without.
 
     Args:
         privacy: of the last plan.
         account: with its round.
+        number: of its round. Rounds are counted from 1; those that are not in the account had no noise, and no number
+            for epsilon says anything of them.
     """
     *before, last = account.segments
+    noisy = sum(segment.rounds for segment in account.segments)
     return {
         "epsilon": account.epsilon(privacy.delta),
         "delta": privacy.delta,
@@ -206,7 +209,8 @@ def statement(privacy: Privacy, account: Account) -> dict[str, Any]:
         "max_participations": privacy.max_participations,
         "min_separation": privacy.min_separation,
         "epsilon_at_most": epsilon((*before, last.full()), privacy.delta),
-        "rounds": sum(segment.rounds for segment in account.segments),
+        "rounds": noisy,
+        "rounds_without_privacy": max(number - noisy, 0),
         "honest": TRUSTED[privacy.mechanism],
     }
 

@@ -101,7 +101,7 @@ class PrivacyBook:
         assert plan.privacy is not None
         after = self.account().after(self._segment(plan, plan.privacy), plan.round)
         self._store.put_document(ACCOUNT, codec.encode(after))
-        return accounting.statement(plan.privacy, after)
+        return accounting.statement(plan.privacy, after, number=plan.round)
 
     def noise(self, plan: Plan, plan_hash: Digest, secret: bytes) -> Noise:
         """What the coordinator's noise of an open round is drawn from.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fleetfed_testing.cloud import Fleet, World, small_model
+from fleetfed_testing.cloud import Fleet, ScriptedGateway, World, small_model
 from fleetfed_testing.private_cloud import SIZES, PrivateGateway
 
 from fleetfed.cloud_coordinator.config import RoundSettings
@@ -122,6 +122,21 @@ async def test_a_round_beyond_the_budget_is_refused_and_said_to_be(tmp_path: Pat
     assert plan.round == 3
     account = world.coordinator.book.privacy.account()
     assert [each.rounds for each in account.segments] == [3]
+    await world.close()
+
+
+async def test_rounds_without_privacy_are_counted_beside_what_is_promised(tmp_path: Path) -> None:
+    """What they showed of a device is covered by no epsilon, so it must not look as if it were."""
+    world, gateway = await world_of(tmp_path, PrivacySettings(participations=10))
+    assert (await world.ask(Command.ROUND_STATUS)).result["privacy"]["rounds_without_privacy"] == 0
+    await world.close()
+    world = World(tmp_path / "mixed", fleet=world.fleet, rounds=RoundSettings(weighting=Weighting.UNIFORM, rounds=2))
+    plain = ScriptedGateway(world.fleet, "north", gateway.devices)
+    await world.join(plain)
+    for _ in range(2):
+        await world.run_round(plain)
+    assert (await world.ask(Command.ROUND_START, privacy={"participations": 10})).error == ""
+    assert (await world.ask(Command.ROUND_STATUS)).result["privacy"]["rounds_without_privacy"] == 2
     await world.close()
 
 
