@@ -8,9 +8,11 @@ fleet to that. Rules (docs/protocol.md, "Privacy ledger"):
 2. The same plan is debited once: after a crash the device may make the plan's one update again.
 3. Only plans that promise differential privacy are debited. What is spent stays spent: no plan, policy or restart
    lowers it.
-4. What a coordinator said whom the owners list no more counts for the separation no longer, or whoever stole its key
+4. Where the policy has a floor, what all participations cost together stays within its epsilon and delta, whatever each
+   plan says of itself.
+5. What a coordinator said whom the owners list no more counts for the separation no longer, or whoever stole its key
    could keep the fleet out of noisy rounds for ever; as participations they stay.
-5. A ledger that is damaged, missing or older than the record beside it stops the device; it never begins anew by
+6. A ledger that is damaged, missing or older than the record beside it stops the device; it never begins anew by
    itself.
 """
 
@@ -23,6 +25,7 @@ from typing import Annotated, Final
 
 from fleetfed.device.disk import Disk
 from fleetfed.shared.errors import LocalProtocolError, RemoteProtocolError, StorageError
+from fleetfed.shared.privacy.cost import Cost, participation, together, within
 from fleetfed.shared.trust.policy import PrivacyFloor
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.codec import Length, Range
@@ -51,12 +54,14 @@ class Account:
         rounds: the last of them per coordinator's key (hex, empty where it is not known).
         last_plan: head hash of the last plan that was debited.
         most: participations that the last plan or the policy allowed, whichever was less; for people.
+        cost: of all participations (`privacy.cost`).
     """
 
     participations: Count = 0
     rounds: Annotated[dict[str, Count], Length(0, _MOST_SIGNERS)] = field(default_factory=dict)
     last_plan: Annotated[bytes, Length(0, _DIGEST)] = b""
     most: Count = 0
+    cost: Annotated[tuple[float, ...], Length(0, 5)] = ()
 
     @property
     def last_round(self) -> int:
@@ -79,7 +84,16 @@ class Account:
         since = plan.round - self.last_round
         if self.rounds and since < apart:
             return DeclineReason.TOO_SOON, f"{since} rounds after round {self.last_round}, {apart} are due"
+        if floor is not None and not within(self._with(plan), floor.max_epsilon, floor.max_delta):
+            return (
+                DeclineReason.PRIVACY_BUDGET,
+                f"one more would cost more than the policy's epsilon {floor.max_epsilon:g}",
+            )
         return None
+
+    def _with(self, plan: Plan) -> Cost:
+        assert plan.privacy is not None
+        return together(self.cost, participation(plan.privacy, plan.dimension))
 
     def debited(self, plan: Plan, plan_hash: bytes, floor: PrivacyFloor | None, signer: bytes = b"") -> Account:
         """The account once the plan's update is made; the caller has asked `refusal`.
@@ -97,6 +111,7 @@ class Account:
             rounds={**dict(latest), signer.hex(): plan.round},
             last_plan=bytes(plan_hash),
             most=most,
+            cost=self._with(plan),
         )
 
     def forget(self, believed: Callable[[KeyId], bool]) -> Account:

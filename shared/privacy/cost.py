@@ -117,6 +117,44 @@ def skellam_bounds(l2: float, dimension: int, variance: float) -> tuple[tuple[fl
     )
 
 
+Cost = tuple[float, ...]
+"""What participations cost, in numbers that add up; empty for nothing.
+
+The precision of all Gaussian noise, then ``rho`` and ``xi`` of either bound of all Skellam noise.
+"""
+
+
+def participation(privacy: Privacy, dimension: int) -> Cost:
+    """The cost of one participation.
+
+    Args:
+        privacy: of the plan.
+        dimension: coordinates of a contribution.
+    """
+    if privacy.mechanism is not Mechanism.SKELLAM:
+        return gaussian_precision(privacy, dimension), 0.0, 0.0, 0.0, 0.0
+    values = skellam_bounds(privacy.clip, dimension, (privacy.noise_multiplier * privacy.clip) ** 2)
+    flags = skellam_bounds(FLAG_SENSITIVITY, 1, (2 * privacy.flag_noise) ** 2) if privacy.flag_noise else ((0, 0),) * 2
+    bounds = [value + flag for both in zip(values, flags, strict=True) for value, flag in zip(*both, strict=True)]
+    return 0.0, *bounds
+
+
+def together(*costs: Cost) -> Cost:
+    """The cost of all of these."""
+    return tuple(math.fsum(each) for each in zip(*(cost for cost in costs if cost), strict=True))
+
+
+def within(cost: Cost, epsilon: float, delta: float) -> bool:
+    """Whether a cost is within a budget, as far as the theorems tell."""
+    if not cost:
+        return True
+    epsilon = epsilon * (1 + _SLACK) + 1e-6
+    precision, *bounds = cost
+    if not any(bounds):
+        return gaussian_delta(math.sqrt(precision), epsilon) <= delta
+    return min(_renyi(precision / 2 + bounds[i], bounds[i + 1], delta) for i in (0, 2)) <= epsilon
+
+
 def check_promise(privacy: Privacy, dimension: int) -> None:
     """Refuse a plan whose noise does not earn the epsilon that it promises.
 
@@ -127,13 +165,8 @@ def check_promise(privacy: Privacy, dimension: int) -> None:
     Raises:
         ValueError: the promise is better than any theorem that this program knows.
     """
-    epsilon = privacy.epsilon * (1 + _SLACK) + 1e-6
-    if privacy.mechanism is Mechanism.SKELLAM:
-        earned = _skellam_epsilon(privacy, dimension) <= epsilon
-    else:
-        ratio = math.sqrt(privacy.max_participations * gaussian_precision(privacy, dimension))
-        earned = gaussian_delta(ratio, epsilon) <= privacy.delta
-    if not earned:
+    cost = tuple(privacy.max_participations * each for each in participation(privacy, dimension))
+    if not within(cost, privacy.epsilon, privacy.delta):
         raise ValueError(
             f"noise of {privacy.noise_multiplier:g} clips over {privacy.max_participations} participations does not "
             f"earn epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
@@ -154,20 +187,14 @@ def _log_tail(x: float) -> float:
     return -square / 2 - math.log(x * math.sqrt(2 * math.pi)) + math.log1p(-1 / square + 3 / square**2)
 
 
-def _skellam_epsilon(privacy: Privacy, dimension: int) -> float:
-    """The least epsilon, over both bounds and all orders (Canonne, Kamath and Steinke 2020, proposition 12)."""
-    if not privacy.delta:
+def _renyi(rho: float, xi: float, delta: float) -> float:
+    """The least epsilon of a divergence of ``rho * a + xi`` (Canonne, Kamath and Steinke 2020, proposition 12)."""
+    if not delta:
         return math.inf
     found = math.inf
-    values = skellam_bounds(privacy.clip, dimension, (privacy.noise_multiplier * privacy.clip) ** 2)
-    flags = skellam_bounds(FLAG_SENSITIVITY, 1, (2 * privacy.flag_noise) ** 2) if privacy.flag_noise else ((0, 0),) * 2
-    for (rho, xi), (more, constant) in zip(values, flags, strict=True):
-        for order in ORDERS:
-            divergence = privacy.max_participations * ((rho + more) * order + xi + constant)
-            if privacy.delta**2 + math.expm1(-divergence) > 0:
-                return 0.0
-            found = min(
-                found,
-                divergence + math.log1p(-1 / order) - (math.log(privacy.delta) + math.log(order)) / (order - 1),
-            )
+    for order in ORDERS:
+        divergence = rho * order + xi
+        if delta**2 + math.expm1(-divergence) > 0:
+            return 0.0
+        found = min(found, divergence + math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1))
     return max(found, 0.0)

@@ -15,6 +15,7 @@ from fleetfed.device.ledger import Account
 from fleetfed.device.state import DeviceState, Facts
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.machine import TimerFired
+from fleetfed.shared.privacy.cost import participation
 from fleetfed.shared.trust.policy import PrivacyFloor
 from fleetfed.shared.wire.envelope import Digest
 from fleetfed.shared.wire.masking import Split
@@ -242,7 +243,8 @@ def test_policy_comes_before_labels_and_labels_before_the_ledger() -> None:
 def test_a_noisy_round_is_debited_before_its_update_is_made(ready: Driver) -> None:
     ready.plan(privacy=noisy())
     debit, store = ready(e.TrainingDone(hash_of(1)))
-    assert debit == e.Debit(Account(participations=1, rounds={"": 1}, last_plan=hash_of(1), most=3))
+    cost = participation(noisy(), plan(1).dimension)
+    assert debit == e.Debit(Account(participations=1, rounds={"": 1}, last_plan=hash_of(1), most=3, cost=cost))
     assert isinstance(store, e.StoreUpdate)
 
 

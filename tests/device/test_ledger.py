@@ -15,6 +15,7 @@ from fleetfed.device.disk import Disk
 from fleetfed.device.ledger import Account, Ledger
 from fleetfed.device.store import Store
 from fleetfed.shared.errors import LocalProtocolError, StorageError
+from fleetfed.shared.privacy.cost import participation, together, within
 from fleetfed.shared.trust.policy import PrivacyFloor
 from fleetfed.shared.wire.messages import DeclineReason
 from fleetfed.shared.wire.privacy import Mechanism, Privacy
@@ -44,7 +45,10 @@ def test_what_is_spent_is_there_after_a_restart_and_per_fleet(tmp_path: Path) ->
     take_part(store, 4, "other")
     store.close()
     again = Store(tmp_path)
-    assert again.account("demo") == Account(participations=2, rounds={"": 5}, last_plan=hash_of(5), most=100)
+    once = participation(noisy(100), plan(3).dimension)
+    assert again.account("demo") == Account(
+        participations=2, rounds={"": 5}, last_plan=hash_of(5), most=100, cost=together(once, once)
+    )
     assert again.account("other").participations == 1
     assert again.account("third") == Account()
     again.close()
@@ -179,6 +183,48 @@ def test_an_account_never_goes_beyond_what_any_plan_and_the_policy_allow(
         assert account.participations == len(rounds) + 1 <= most
         assert not rounds or round_ - rounds[-1] >= apart
         rounds.append(round_)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    asks=st.lists(
+        st.tuples(
+            st.floats(0.5, 30),
+            st.integers(1, 60),
+            st.sampled_from(Mechanism),
+            st.sampled_from([0.0, 5.0]),
+            st.booleans(),
+        ),
+        max_size=30,
+    )
+)
+def test_what_all_plans_cost_together_stays_within_the_policy(
+    asks: list[tuple[float, int, Mechanism, float, bool]],
+) -> None:
+    """A coordinator may change noise and mechanism from plan to plan, each of which is honest about itself alone."""
+    floor = PrivacyFloor(max_epsilon=4.0, max_delta=1e-6)
+    account, costs = Account(), []
+    for round_, (noise, most, mechanism, flags, wide) in enumerate(asks, 1):
+        privacy = Privacy(
+            mechanism=mechanism,
+            clip=5000.0 if wide else 100.0,
+            noise_multiplier=noise,
+            max_participations=most,
+            flag_noise=flags,
+            epsilon=4.0,
+            delta=1e-6,
+        )
+        asked = plan(round_, privacy=privacy)
+        then = [*costs, participation(privacy, asked.dimension)]
+        refused = account.refusal(asked, hash_of(round_), floor)
+        if refused is None:
+            costs = then
+            account = account.debited(asked, hash_of(round_), floor)
+        elif len(costs) < most:
+            assert refused[0] is DeclineReason.PRIVACY_BUDGET
+            assert not within(together(*then), 4.0, 1e-6)
+        assert within(together(*costs), 4.0, 1e-6)
+        assert account.participations == len(costs)
 
 
 def test_the_hedge_secret_is_made_once(tmp_path: Path) -> None:

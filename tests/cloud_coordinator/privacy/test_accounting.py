@@ -237,6 +237,22 @@ def test_devices_believe_what_the_accountant_says_and_nothing_better(
             worth.check_promise(replace(private, epsilon=said * 0.995 - 1e-5 if said > 1e-2 else 0.0), 1000)
 
 
+def test_devices_add_up_as_the_accountant_does() -> None:
+    parts = [
+        segment(Mechanism.CENTRAL, z=9.0, times=7, clip=50.0, flag_noise=5.0, dimension=1000),
+        segment(Mechanism.SKELLAM, z=11.0, times=20, clip=80.0, flag_noise=9.0, dimension=1000),
+        segment(Mechanism.MATRIX, z=14.0, times=3, clip=80.0, band=4, min_separation=4, dimension=1000).full(),
+    ]
+    for some in (parts, parts[:1], parts[1:2], parts[::2]):
+        spent: worth.Cost = ()
+        for each in some:
+            for _ in range(each.participations):
+                spent = worth.together(spent, worth.participation(each, each.dimension))  # type: ignore[arg-type]
+        said = epsilon(tuple(some), DELTA)
+        assert worth.within(spent, said, DELTA)
+        assert not worth.within(spent, said * 0.995, DELTA)
+
+
 # --- What a discrete Gaussian is worth --------------------------------------------------------------------------------
 
 
