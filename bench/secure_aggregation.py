@@ -33,8 +33,8 @@ from fleetfed.shared.trust.keys import SigningKey
 from fleetfed.shared.trust.signer import Message, Signer
 from fleetfed.shared.trust.verifier import Verifier
 from fleetfed.shared.wire.envelope import Head, Header, MessageKind, digest
-from fleetfed.shared.wire.masking import SEALED_BOX
-from fleetfed.shared.wire.update import BOX_SIZE, EXTENSION_SIZE, SPLIT, UpdateExtension
+from fleetfed.shared.wire.masking import HYBRID, SEALED_BOX
+from fleetfed.shared.wire.update import EXTENSION_SIZE, SPLIT, UpdateExtension, box_size
 
 TARGETS = {"coordinator_s": 1.0, "gateway_ms": 6.0, "device_ms": 12.0, "device_vectors": 4.0}
 META = 9
@@ -43,12 +43,12 @@ META = 9
 class Round:
     """Keys and shapes of the round that is measured."""
 
-    def __init__(self, *, dimension: int, lane_bits: int, holders: int) -> None:
+    def __init__(self, *, dimension: int, lane_bits: int, holders: int, suite: int) -> None:
         self.now = unix_ms()
         self.layout = LaneLayout(dimension, lane_bits, META)
-        self.gateway = SealSecret.from_bytes(secrets.token_bytes(32))
+        self.gateway = SealSecret.from_bytes(secrets.token_bytes(32), suite)
         readers = (Reader.COORDINATOR, Reader.HELPER)[:holders]
-        self.holders = {reader: SealSecret.from_bytes(secrets.token_bytes(32)) for reader in readers}
+        self.holders = {reader: SealSecret.from_bytes(secrets.token_bytes(32), suite) for reader in readers}
         self.authority, self._key = SigningKey.generate(), SigningKey.generate()
         certificate = Certificate(
             serial=1,
@@ -70,7 +70,7 @@ class Round:
         self.verifier = Verifier("bench", self.authority.public)
         self.extension = UpdateExtension(
             mode=SPLIT,
-            suite=SEALED_BOX,
+            suite=suite,
             bits=8,
             lane_bits=lane_bits,
             dimension=dimension,
@@ -91,6 +91,7 @@ class Round:
                 seed_keys=[(reader, secret.public) for reader, secret in self.holders.items()],
                 randomness=secrets.token_bytes,
                 hedge=bytes(32),
+                suite=self.extension.suite,
             )
             return body, fixed + b"".join(boxes)
 
@@ -98,7 +99,7 @@ class Round:
             MessageKind.UPDATE,
             fill,
             body_size=split.body_size(self.layout.n_words),
-            extension_size=EXTENSION_SIZE + BOX_SIZE * (1 + len(self.holders)),
+            extension_size=EXTENSION_SIZE + box_size(self.extension.suite) * (1 + len(self.holders)),
             now=self.now,
             round=1,
             lifetime=60_000,
@@ -144,9 +145,9 @@ def peak_vectors(action: Callable[[], object], vector: int) -> float:
     return (peak - before) / vector
 
 
-def measure(*, devices: int, dimension: int, lane_bits: int, holders: int, repeat: int) -> dict[str, Any]:
+def measure(*, devices: int, dimension: int, lane_bits: int, holders: int, suite: int, repeat: int) -> dict[str, Any]:
     """The figures of one shape."""
-    rnd = Round(dimension=dimension, lane_bits=lane_bits, holders=holders)
+    rnd = Round(dimension=dimension, lane_bits=lane_bits, holders=holders, suite=suite)
     layout, rng = rnd.layout, np.random.default_rng(0)
     values = rng.integers(-127, 128, dimension).astype(np.int8)
     meta = np.arange(META, dtype=np.uint64)
@@ -178,6 +179,10 @@ def measure(*, devices: int, dimension: int, lane_bits: int, holders: int, repea
         "open_seeds_s": best(
             lambda: [split.open_seed(head, Reader.COORDINATOR, rnd.holders[Reader.COORDINATOR]) for head in heads],
             repeat=repeat,
+        ),
+        "seal_ms": 1e3
+        * best(
+            lambda: box.seal(key, Reader.COORDINATOR, digest(b""), rnd.gateway.public, suite), repeat=repeat, times=100
         ),
         "verify_heads_s": best(
             lambda: [rnd.verifier.head(head, kind=MessageKind.UPDATE, now=rnd.now) for head in heads], repeat=repeat
@@ -214,6 +219,7 @@ def show(found: dict[str, Any], *, devices: int, dimension: int, holders: int) -
     line("gateway: hash, decrypt and add one update", "gateway_ms", "ms")
     line("device: pack, mask, encrypt, seal, hash and sign", "device_ms", "ms")
     line("  of it packing (plain updates pack their own way)", "pack_ms", "ms")
+    line("  of it one seal", "seal_ms", "ms")
     line("device: memory at the peak beyond the integers", "device_vectors", "vectors")
     print("  limits, for one vector of this size:")
     all_s = found["raw_chacha20_ms"] * devices / 1e3
@@ -255,6 +261,7 @@ def main() -> int:
     parser.add_argument("--dimension", type=int, default=1 << 20)
     parser.add_argument("--lane-bits", type=int, default=16)
     parser.add_argument("--holders", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--suite", type=int, choices=(SEALED_BOX, HYBRID), default=SEALED_BOX)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--without-cryptography", action="store_true", help="libsodium alone, as on a small device")
     parser.add_argument("--flower-python", type=Path, help="an interpreter that has flwr 1.42")
@@ -267,6 +274,7 @@ def main() -> int:
         dimension=options.dimension,
         lane_bits=options.lane_bits,
         holders=options.holders,
+        suite=options.suite,
         repeat=options.repeat,
     )
     show(found, devices=options.devices, dimension=options.dimension, holders=options.holders)

@@ -41,12 +41,15 @@ from fleetfed.shared.telemetry import Counters
 from fleetfed.shared.trust.signer import Message
 from fleetfed.shared.trust.verifier import Verifier
 from fleetfed.shared.wire.envelope import Digest, KeyId, MessageKind
-from fleetfed.shared.wire.masking import Split
+from fleetfed.shared.wire.masking import SEALED_BOX, Split
 from fleetfed.shared.wire.messages import Commit, Mode, Outcome, Plan, Receipt, RoundEnd
 
 _log = logging.getLogger(__name__)
 
-NO_HELPER = "no helper with a key that lasts until the round ends; start `fleetfed-helper run`, or set seed_holders = 1"
+NO_HELPER = (
+    "no helper with a key that is of the rounds' suite and lasts until the round ends; start `fleetfed-helper run`, or "
+    "set seed_holders = 1"
+)
 """What an operator reads while rounds wait for the helper."""
 _ANY_HELPER = b"\0"
 """Stands for a helper's key where only the rest of a plan is judged."""
@@ -120,11 +123,11 @@ class RoundBook:
         """Refuse settings of which no plan can be made that this fleet's policy allows.
 
         Raises:
-            RemoteProtocolError: `BELOW_POLICY`, `STALE_TRUST` or `WRONG_SHAPE`.
+            RemoteProtocolError: `BELOW_POLICY`, `STALE_TRUST`, `WRONG_SHAPE` or `UNKNOWN_SUITE`.
             ConfigError: differential privacy that cannot be had.
             PrivacyBudgetError: not one more round.
         """
-        seal = self.seals.make() if settings.mode is Mode.SPLIT else None
+        seal = self.seals.make(settings.suite) if settings.mode is Mode.SPLIT else None
         last = next(iter(self._store.rounds(limit=1)), None)
         number = 1 if last is None else last.number + 1
         self._plan(settings, base=base, card=card, tiers=tiers, now=now, number=number, seal=seal, helper=_ANY_HELPER)
@@ -136,7 +139,7 @@ class RoundBook:
         base: VersionRecord,
         card: ModelCard,
         tiers: int,
-        helper: Callable[[int], HelperKey | None],
+        helper: Callable[[int, int], HelperKey | None],
         now: int,
     ) -> ev.RoundOpened | ev.OpenRefused:
         """Sign and store a round's plan and, in split mode, its seal secret.
@@ -146,17 +149,17 @@ class RoundBook:
             base: the version that devices start from.
             card: its card.
             tiers: gateways between a device and the coordinator, at most.
-            helper: returns a helper's key that lasts until a time.
+            helper: returns a helper's key that lasts until a time, of a suite.
             now: unix milliseconds.
         """
         settings = instruction.settings
-        key = helper(now + round(settings.expires * 1000)) if settings.needs_helper else None
+        key = helper(now + round(settings.expires * 1000), settings.suite) if settings.needs_helper else None
         if settings.needs_helper and key is None:
             return ev.OpenRefused(reason=NO_HELPER, passing=True)
-        seal = self.seals.make() if settings.mode is Mode.SPLIT else None
-        # In plain rounds it seals nothing, and the noise alone is drawn from it.
-        secret = self.seals.make() if seal is None and settings.privacy is not None else seal
         try:
+            seal = self.seals.make(settings.suite) if settings.mode is Mode.SPLIT else None
+            # In plain rounds it seals nothing, and the noise alone is drawn from it.
+            secret = self.seals.make() if seal is None and settings.privacy is not None else seal
             plan = self._plan(
                 settings,
                 base=base,
@@ -213,6 +216,7 @@ class RoundBook:
             privacy = self.privacy.privacy_of(settings.privacy, card.parameters)
         if seal is not None:
             split = Split(
+                suite=seal.suite,
                 seal_key=seal.public,
                 helper=helper if settings.needs_helper else b"",
                 minimum_cohort=settings.minimum_cohort,
@@ -272,7 +276,8 @@ class RoundBook:
         """
         plan, head = own_message(record.plan, Plan)
         secretive = plan.mode is Mode.SPLIT or plan.privacy is not None
-        secret = self.seals.of(record.number) if secretive else None
+        suite = SEALED_BOX if plan.split is None else plan.split.suite
+        secret = self.seals.of(record.number, suite) if secretive else None
         self._enter(plan, head.hash, card, secret, settings)
         assert self.current is not None
         assert self._sum is not None
@@ -408,5 +413,7 @@ def explain(error: RemoteProtocolError) -> str:
             )
         case RejectReason.STALE_TRUST:
             return f"the trust metadata has expired ({error.detail}); sign and publish it anew"
+        case RejectReason.UNKNOWN_SUITE:
+            return f"the coordinator cannot seal keys so: {error.detail}"
         case _:
             return f"no plan can be made: {error.detail}; change cohort_cap or the bits in [clips]"

@@ -52,6 +52,7 @@ from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.codec import Length, Range
 from fleetfed.shared.wire.defence import Defence
 from fleetfed.shared.wire.fields import Fraction
+from fleetfed.shared.wire.masking import KEY_SIZES, SEALED_BOX
 from fleetfed.shared.wire.messages import Mode, Training, Weighting
 from fleetfed.shared.wire.privacy import Mechanism
 
@@ -82,6 +83,8 @@ class RoundSettings:
         bucket: in split mode, contributors to each of several sums per site, so that a garbage update costs its bucket
             alone; 0 reveals one sum.
         seed_holders: in split mode, 2 seals a second mask seed to the helper, without which rounds then wait.
+        suite: in split mode, how keys are sealed: 1 with X25519; 3 with ML-KEM-768 beside it, so that recorded traffic
+            stays closed to a quantum computer: every device then needs `cryptography` (the extra ``hybrid``).
         robust: how the means of buckets become one step: ``none`` adds everything, ``trimmed_mean``,
             ``geometric_median``.
         trim: for ``trimmed_mean``, the part of the buckets to leave out at either end.
@@ -116,6 +119,7 @@ class RoundSettings:
     minimum_owners: Annotated[int, Range(1, limits.MAX_COHORT)] = 1
     bucket: Annotated[int, Range(0, limits.MAX_COHORT)] = 0
     seed_holders: Annotated[int, Range(1, 2)] = 1
+    suite: Annotated[int, Range(1, 255)] = SEALED_BOX
     robust: Robust = Robust.NONE
     trim: Annotated[float, Range(0.0, 0.5)] = 0.2
     iterations: Annotated[int, Range(1, 1000)] = 50
@@ -138,6 +142,7 @@ class RoundSettings:
             for name, given, none in (
                 ("bucket", self.bucket > 0, "0"),
                 ("seed_holders", self.seed_holders > 1, "1"),
+                ("suite", self.suite != SEALED_BOX, "1"),
                 ("robust", self.robust is not Robust.NONE, "'none'"),
             ):
                 if given:
@@ -176,6 +181,8 @@ class RoundSettings:
             )
 
     def _check_split(self) -> None:
+        if self.suite not in KEY_SIZES:
+            raise ConfigError(f"suite {self.suite} is unknown: set 1 (X25519), or 3 (ML-KEM-768 beside it)")
         if self.minimum_cohort > self.cohort_cap:
             raise ConfigError(
                 f"minimum_cohort {self.minimum_cohort} is more than cohort_cap {self.cohort_cap}: no sum could ever be "

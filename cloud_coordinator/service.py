@@ -384,7 +384,7 @@ class Coordinator:
             base=base,
             card=self.cards.of(base),
             tiers=self.fleet.tiers,
-            helper=lambda until: self.helpers.fresh(now=now, until=until),
+            helper=lambda until, suite: self.helpers.fresh(now=now, until=until, suite=suite),
             now=now,
         )
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from fleetfed.device.events import CosignArrived
 from fleetfed.shared.wire.envelope import Digest
+from fleetfed.shared.wire.masking import KEY_SIZES
+from fleetfed.shared.wire.messages import Plan
 
 
 class Cosigns:
@@ -33,10 +35,13 @@ class Cosigns:
         self._rounds[cosign.round] = None
         return False
 
-    def key(self, round_: int, plan_hash: Digest, now: int) -> bytes | None:
-        """The gateway's key of the round, if it cosigned that plan and its word is still good."""
-        kept = self._rounds.get(round_)
+    def key(self, plan: Plan, plan_hash: Digest, now: int) -> bytes | None:
+        """The gateway's key of the round, if it cosigned that plan, with a key of its suite, and its word is good."""
+        kept = self._rounds.get(plan.round)
         if kept is None or kept.plan != plan_hash or (kept.expires and now > kept.expires):
+            return None
+        # The suite is in the plan that it cosigned: a key of another one is no way to fall behind that.
+        if plan.split is None or len(kept.seal_key) != KEY_SIZES.get(plan.split.suite):
             return None
         return kept.seal_key
 

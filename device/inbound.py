@@ -20,7 +20,7 @@ from fleetfed.shared.trust.certificates import Certificate, Role
 from fleetfed.shared.trust.verifier import Verifier
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.envelope import Digest, MessageKind, parse_head
-from fleetfed.shared.wire.masking import SEALED_BOX, Cosign, SealKey
+from fleetfed.shared.wire.masking import Cosign, SealKey, suite_of
 from fleetfed.shared.wire.messages import Life, Manifest, Mode, Plan, Presence, Receipt, Revocations, RoundEnd
 from fleetfed.shared.wire.topics import BlobTopic, Broadcast, BroadcastTopic, MemberTopic, Verb, parse
 
@@ -139,7 +139,12 @@ class Inbound:
         cosign, head, certificate = self._verifier.open(payload, Cosign, kind=MessageKind.COSIGN, now=now)
         if certificate.site != self._own.site:
             raise RemoteProtocolError(RejectReason.WRONG_SITE, f"a cosignature of the gateway of {certificate.site}")
-        _check_key(cosign.seal_key, "GATEWAY")
+        # Whether it is of the plan's suite is seen when both are here; a suite without its library, in the plan.
+        try:
+            _check_key(cosign.seal_key, "GATEWAY", suite_of(cosign.seal_key))
+        except RemoteProtocolError as error:
+            if error.reason is not RejectReason.UNKNOWN_SUITE:
+                raise
         header = head.header
         return CosignArrived(round=header.round, plan=cosign.plan, seal_key=cosign.seal_key, expires=header.expires_at)
 
@@ -166,9 +171,7 @@ class Inbound:
             )
         if split is None:
             return b""
-        if split.suite != SEALED_BOX:
-            raise RemoteProtocolError(RejectReason.WRONG_SHAPE, f"suite {split.suite} is unknown here")
-        _check_key(split.seal_key, "COORDINATOR")
+        _check_key(split.seal_key, "COORDINATOR", split.suite)
         if not split.helper:
             return b""
         try:
@@ -178,7 +181,7 @@ class Inbound:
         if word.helper != certificate.id:
             detail = f"helper {certificate.id} signs the key of {word.helper}"
             raise RemoteProtocolError(RejectReason.WRONG_SENDER, detail)
-        _check_key(word.seal_key, "HELPER")
+        _check_key(word.seal_key, "HELPER", split.suite)
         return word.seal_key
 
     def _receipt(self, payload: bytes, now: int) -> ReceiptArrived:
@@ -205,13 +208,14 @@ def _check_privacy(plan: Plan) -> None:
         raise RemoteProtocolError(RejectReason.WRONG_SHAPE, str(error)) from error
 
 
-def _check_key(public_key: bytes, whose: Whose) -> None:
+def _check_key(public_key: bytes, whose: Whose, suite: int) -> None:
     """Refuse a key that nothing can be sealed to, before a device trains for it.
 
     Raises:
-        RemoteProtocolError: `BAD_BOX`.
+        RemoteProtocolError: `BAD_BOX` or `UNKNOWN_SUITE`.
     """
     # Imported late: a device in plain rounds carries nothing of this.
-    from fleetfed.shared.secure.box import Reader, seal
+    from fleetfed.shared.secure.box import Reader, check_suite, seal
 
-    seal(bytes(32), Reader[whose], Digest(bytes(32)), public_key)
+    check_suite(suite)
+    seal(bytes(32), Reader[whose], Digest(bytes(32)), public_key, suite)

@@ -338,7 +338,8 @@ class DeviceMachine(Machine[DeviceState]):
         """Why this device, which the plan selects, takes no part; None if it may."""
         verdict = self._verdict
         if verdict.reason is not None:
-            return DeclineReason.POLICY, f"{verdict.reason}: {verdict.detail}"
+            suite = verdict.reason is RejectReason.UNKNOWN_SUITE
+            return DeclineReason.SUITE if suite else DeclineReason.POLICY, f"{verdict.reason}: {verdict.detail}"
         missing = {k: v for k, v in plan.eligibility.labels.items() if self._labels.get(k) != v}
         if missing:
             return DeclineReason.LABELS, f"not {missing}"[:200]
@@ -388,7 +389,7 @@ class DeviceMachine(Machine[DeviceState]):
         """Whether the plan needs no cosignature, or has it."""
         plan = self._plan
         assert plan is not None
-        return plan.split is None or self._cosigns.key(plan.round, self._plan_hash, now) is not None
+        return plan.split is None or self._cosigns.key(plan, self._plan_hash, now) is not None
 
     def _on_cosign(self, event: CosignArrived, now: int) -> list[Any]:
         plan, answer = self._plan, self.answer
@@ -432,7 +433,7 @@ class DeviceMachine(Machine[DeviceState]):
             return [*counted, *self._decline(*unfit)]
         gateway_key = b""
         if plan.split is not None:
-            key = self._cosigns.key(plan.round, plan_hash, now)
+            key = self._cosigns.key(plan, plan_hash, now)
             if key is None:
                 return self._drop_plan("missed")
             gateway_key = key

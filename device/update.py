@@ -29,7 +29,7 @@ from fleetfed.shared.trust.signer import Message, Signer
 from fleetfed.shared.wire.envelope import Digest, Header, MessageKind
 from fleetfed.shared.wire.messages import Mode, Plan, Weighting
 from fleetfed.shared.wire.privacy import Privacy
-from fleetfed.shared.wire.update import BOX_SIZE, EXTENSION_SIZE, PLAIN, SPLIT, UpdateExtension
+from fleetfed.shared.wire.update import EXTENSION_SIZE, PLAIN, SPLIT, UpdateExtension, box_size
 
 if TYPE_CHECKING:
     from fleetfed.shared.secure.box import Reader
@@ -70,7 +70,7 @@ class Seals:
     """What an update of split mode is sealed with.
 
     Attributes:
-        gateway, coordinator: X25519 keys of the round.
+        gateway, coordinator: keys of the round, of the plan's suite.
         helper: the helper's; empty where the coordinator alone holds seeds.
         hedge: the device's own secret, `Store.hedge`.
         randomness: returns so many unpredictable bytes.
@@ -259,6 +259,7 @@ def _sign_masked(
             seed_keys=seed_keys,
             randomness=seals.randomness,
             hedge=seals.hedge,
+            suite=extension.suite,
         )
         return body, fixed + b"".join(boxes)
 
@@ -266,7 +267,7 @@ def _sign_masked(
         MessageKind.UPDATE,
         fill,
         body_size=split.body_size(words.size),
-        extension_size=EXTENSION_SIZE + BOX_SIZE * (1 + len(seed_keys)),
+        extension_size=EXTENSION_SIZE + box_size(extension.suite) * (1 + len(seed_keys)),
         now=now,
         round=round,
         lifetime=life,

@@ -25,11 +25,12 @@ from fleetfed.shared.aggregate.accumulator import (
 )
 from fleetfed.shared.aggregate.lanes import Words
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError, StorageError
+from fleetfed.shared.secure.box import check_suite
 from fleetfed.shared.secure.buckets import commit_nonce, deal
 from fleetfed.shared.secure.split import body_size, open_words
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.envelope import Head, Header, MessageId, open_body, parse_head
-from fleetfed.shared.wire.masking import SEALED_BOX, Bucket, NonceHash, Split
+from fleetfed.shared.wire.masking import Bucket, NonceHash, Split, check_key
 from fleetfed.shared.wire.messages import Plan, Reveal
 from fleetfed.shared.wire.update import SPLIT, UpdateExtension
 
@@ -46,7 +47,8 @@ class MaskedRules:
     """See `modes.Rules`.
 
     Raises:
-        RemoteProtocolError: `WRONG_SHAPE`: this program cannot do what the plan wants, or it contradicts itself.
+        RemoteProtocolError: `WRONG_SHAPE`: the plan contradicts itself; `UNKNOWN_SUITE`; `BAD_BOX`: its key is of
+            another suite.
     """
 
     cosigned = True
@@ -56,8 +58,8 @@ class MaskedRules:
         self.ring = ring
         self._cap = plan.quorum.cohort_cap
         self._body_size = body_size(ring.layout.n_words)
-        if split.suite != SEALED_BOX:
-            raise RemoteProtocolError(RejectReason.WRONG_SHAPE, f"suite {split.suite} is newer than this program")
+        check_suite(split.suite)
+        check_key(split.suite, split.seal_key)
         if 0 < split.bucket < split.minimum_cohort:
             detail = f"buckets of {split.bucket} where no sum may have fewer than {split.minimum_cohort}"
             raise RemoteProtocolError(RejectReason.WRONG_SHAPE, detail)
@@ -66,7 +68,7 @@ class MaskedRules:
 
     def new_secrets(self, randomness: Callable[[int], bytes]) -> RoundSecrets:
         """Keys of the round, and the own share of its coin."""
-        return RoundSecrets.new(randomness)
+        return RoundSecrets.new(randomness, self.split.suite)
 
     def summation(self, secrets: RoundSecrets | None, *, site: str) -> Summation:
         """One sum, or one for every bucket."""

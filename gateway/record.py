@@ -9,11 +9,12 @@ from enum import StrEnum
 from typing import Final
 
 from fleetfed.gateway.events import CommitArrived
-from fleetfed.shared.errors import StorageError
+from fleetfed.shared.errors import RemoteProtocolError, StorageError
 from fleetfed.shared.secure.box import SealSecret
 from fleetfed.shared.secure.kdf import KEY_SIZE
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.envelope import Digest, MessageId
+from fleetfed.shared.wire.masking import SEALED_BOX
 from fleetfed.shared.wire.messages import Plan
 
 _LABELS: Final = 64
@@ -47,13 +48,17 @@ class RoundSecrets:
     nonce: bytes = field(repr=False)
 
     @classmethod
-    def new(cls, randomness: Callable[[int], bytes]) -> RoundSecrets:
-        """Fresh ones."""
-        return cls(SealSecret.from_bytes(randomness(KEY_SIZE)), randomness(_NONCE_SIZE))
+    def new(cls, randomness: Callable[[int], bytes], suite: int = SEALED_BOX) -> RoundSecrets:
+        """Fresh ones, for a round of that suite.
+
+        Raises:
+            RemoteProtocolError: `UNKNOWN_SUITE`.
+        """
+        return cls(SealSecret.from_bytes(randomness(KEY_SIZE), suite), randomness(_NONCE_SIZE))
 
     def encode(self) -> bytes:
         """For the journal."""
-        return self.seal.encode() + self.nonce
+        return self.seal.encode() + self.nonce + bytes([self.seal.suite])
 
     @classmethod
     def decode(cls, stored: bytes) -> RoundSecrets:
@@ -62,9 +67,13 @@ class RoundSecrets:
         Raises:
             StorageError: it is damaged.
         """
-        if len(stored) != KEY_SIZE + _NONCE_SIZE:
+        if len(stored) != KEY_SIZE + _NONCE_SIZE + 1:
             raise StorageError(f"{len(stored)} bytes are no secrets of a round")
-        return cls(SealSecret.from_bytes(stored[:KEY_SIZE]), stored[KEY_SIZE:])
+        try:
+            seal = SealSecret.from_bytes(stored[:KEY_SIZE], stored[-1])
+        except RemoteProtocolError as error:
+            raise StorageError(f"the open round's secrets are of no use: {error}") from error
+        return cls(seal, stored[KEY_SIZE:-1])
 
 
 @dataclass(frozen=True, slots=True)

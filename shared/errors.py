@@ -81,6 +81,8 @@ class RejectReason(StrEnum):
     """Fewer distinct owners among the contributors than the plan's minimum."""
     TOO_MANY_EXCLUDED = "too_many_excluded"
     """A commit leaves out more of a masked proposal than two, or one in twenty."""
+    UNKNOWN_SUITE = "unknown_suite"
+    """An encryption suite that this program does not know, or for which a library is missing."""
     BAD_BOX = "bad_box"
     """A sealed key or an encrypted body does not open, or was made for another message."""
     REUSED_SEED = "reused_seed"

@@ -46,6 +46,7 @@ def round_() -> None:
     "--bucket", type=click.IntRange(0), help="split: devices in each of several sums per site; 0 for one sum."
 )
 @click.option("--seed-holders", type=click.IntRange(1, 2), help="split: 2 needs the helper as well.")
+@click.option("--suite", type=click.IntRange(1, 3), help="split: 3 seals keys with ML-KEM-768 beside X25519.")
 @click.option(
     "--robust",
     type=click.Choice(["none", "trimmed_mean", "geometric_median"]),
@@ -66,6 +67,7 @@ def start(
     minimum_owners: int | None,
     bucket: int | None,
     seed_holders: int | None,
+    suite: int | None,
     robust: str | None,
     settings: tuple[str, ...],
     config: Path,
@@ -85,6 +87,7 @@ def start(
         "minimum_owners": minimum_owners,
         "bucket": bucket,
         "seed_holders": seed_holders,
+        "suite": suite,
         "robust": robust,
     }
     arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

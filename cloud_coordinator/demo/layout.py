@@ -32,6 +32,7 @@ from fleetfed.cloud_coordinator.keys.inventory import inventory_of
 from fleetfed.cloud_coordinator.keys.keyring import Keyring, MemberRole, NewMember
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.files import write_atomic
+from fleetfed.shared.wire.masking import SEALED_BOX
 
 FLEET: Final = "demo"
 HOST: Final = "127.0.0.1"
@@ -190,7 +191,8 @@ def write_roles(folder: Folder, topology: Topology, settings: Settings, *, port:
         coordinator["validation"] = {"path": str(settings.validation.absolute())}
     _write(folder, COORDINATOR, coordinator)
     if helper:
-        _write(folder, HELPER, {"identity": str(identities / HELPER), "state": "state", "broker": broker})
+        own = {"identity": str(identities / HELPER), "state": "state", "broker": broker}
+        _write(folder, HELPER, own | {"suite": settings.rounds.get("suite", SEALED_BOX)})
     for gateway in topology.gateways:
         _write(folder, gateway.id, _gateway(gateway, identities, broker, settings))
     for device in topology.devices:

@@ -30,7 +30,7 @@ from fleetfed.shared.secure.split import add_masks, binding_of, body_size, mask_
 from fleetfed.shared.trust.certificates import Certificate, claimed_site
 from fleetfed.shared.trust.verifier import Verifier
 from fleetfed.shared.wire.envelope import Digest, Head, MessageId, MessageKind, parse_head
-from fleetfed.shared.wire.masking import MaskRequest, Split
+from fleetfed.shared.wire.masking import MaskRequest, Split, check_key
 from fleetfed.shared.wire.messages import Commit, Mode, Plan, Proposal, max_proposal
 from fleetfed.shared.wire.selection import takes
 from fleetfed.shared.wire.update import SPLIT, UpdateExtension
@@ -173,6 +173,7 @@ def _plan(
     own = key(plan.split.helper)
     if own is None:
         raise _refused(RejectReason.WRONG_PLAN, "the plan names a key that is not, or no longer, this helper's")
+    check_key(plan.split.suite, own.public)
     if plan.expires > own.expires:
         raise _refused(RejectReason.EXPIRED, f"the round ends at {plan.expires}, its key at {own.expires}")
     return plan, head.hash, own

@@ -17,9 +17,11 @@ from typing import Annotated
 
 from fleetfed.shared import config
 from fleetfed.shared.config import Range
-from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.errors import ConfigError, RemoteProtocolError
 from fleetfed.shared.mqtt.endpoint import Endpoint
+from fleetfed.shared.secure.box import check_suite
 from fleetfed.shared.telemetry import LEVELS
+from fleetfed.shared.wire.masking import SEALED_BOX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,7 @@ class HelperConfig:
         broker: the coordinator's broker.
         rotate_hours: hours after which a new key takes the place of the one before. A key is valid for twice as long,
             so a round may take up to so many hours; then its secret is destroyed.
+        suite: how seeds are sealed to this helper: that of the coordinator's ``rounds.suite``.
         request_mib: largest request; about a third of a KiB per device of a cohort.
         log_level: of stderr.
     """
@@ -41,10 +44,15 @@ class HelperConfig:
     state: Path
     broker: Endpoint
     rotate_hours: Annotated[float, Range(0.01, 24 * 365)] = 24.0
+    suite: Annotated[int, Range(1, 255)] = SEALED_BOX
     request_mib: Annotated[int, Range(1, 1024)] = 128
     log_level: str = "info"
 
     def __post_init__(self) -> None:
+        try:
+            check_suite(self.suite)
+        except RemoteProtocolError as error:
+            raise ConfigError(f"suite: {error.detail}") from error
         if self.log_level not in LEVELS:
             raise ConfigError(f"log_level {self.log_level!r} is none of: {', '.join(LEVELS)}")
 

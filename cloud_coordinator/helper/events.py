@@ -13,7 +13,7 @@ class Key:
     """One of the helper's keys, less its secret.
 
     Attributes:
-        public: X25519.
+        public: its public half, of the suite that the helper serves.
         message: the signed `SealKey`, as plans carry it.
         issued, expires: unix milliseconds; a round must be over before it expires.
     """

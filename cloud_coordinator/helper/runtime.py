@@ -89,7 +89,10 @@ class Helper:
         self._signer = identity.signer(sequence=SequenceFile(config.state / "sequence"), randomness=secrets.token_bytes)
         self.store = Store(config.state / "helper.db")
         self.machine = HelperMachine(
-            period=round(config.rotate_hours * _HOUR), keys=self.store.keys(), claims=self.store.claims()
+            period=round(config.rotate_hours * _HOUR),
+            suite=config.suite,
+            keys=self.store.keys(),
+            claims=self.store.claims(),
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="helper-work")
         self._assembler = Assembler(self._admit)
@@ -306,7 +309,7 @@ class Helper:
         return None
 
     def _make_key(self, wanted: ev.MakeKey) -> ev.KeyStored:
-        secret = SealSecret.from_bytes(secrets.token_bytes(32))
+        secret = SealSecret.from_bytes(secrets.token_bytes(32), self.config.suite)
         message = self._signer.sign(
             MessageKind.SEAL_KEY,
             SealKey(helper=self.id, seal_key=secret.public),

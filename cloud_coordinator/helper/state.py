@@ -19,6 +19,7 @@ from fleetfed.cloud_coordinator.helper.events import Claim, Key
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.machine import Edge, Machine, TimerFired
 from fleetfed.shared.wire.envelope import Digest
+from fleetfed.shared.wire.masking import KEY_SIZES, SEALED_BOX
 
 SKEW: Final = 5 * 60 * 1000
 """Milliseconds by which clocks may differ before what has expired is void."""
@@ -36,6 +37,7 @@ class HelperMachine(Machine[HelperState]):
 
     Args:
         period: milliseconds from one key to the next.
+        suite: that new keys are of.
         keys: those on the disk.
         claims: of the answers on the disk.
     """
@@ -52,9 +54,12 @@ class HelperMachine(Machine[HelperState]):
         (HelperState.SERVING, TimerFired): Edge("_keys_due"),
     }
 
-    def __init__(self, *, period: int, keys: Iterable[Key] = (), claims: Iterable[Claim] = ()) -> None:
+    def __init__(
+        self, *, period: int, suite: int = SEALED_BOX, keys: Iterable[Key] = (), claims: Iterable[Claim] = ()
+    ) -> None:
         super().__init__(HelperState.STARTING)
         self.period = period
+        self._key_size = KEY_SIZES[suite]
         self.keys = sorted(keys, key=lambda key: key.issued)
         self._answers: dict[tuple[int, str], Claim] = {}
         self._questions: dict[Digest, Claim] = {}
@@ -110,7 +115,9 @@ class HelperMachine(Machine[HelperState]):
             out.append(ev.DestroyKeys(tuple(key.public for key in void)))
         current = self.current
         # A clock that was ahead when the key was made must not keep it for longer.
-        if current is None or not current.issued - SKEW <= now < current.issued + self.period:
+        fresh = current is not None and current.issued - SKEW <= now < current.issued + self.period
+        # The newest may be of another suite, since the settings changed.
+        if current is None or not fresh or len(current.public) != self._key_size:
             if not self._making:
                 self._making = True
                 out.append(ev.MakeKey(issued=now, expires=now + 2 * self.period))

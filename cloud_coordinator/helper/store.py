@@ -16,6 +16,7 @@ from fleetfed.cloud_coordinator.helper.events import Claim, Key
 from fleetfed.shared.errors import StorageError
 from fleetfed.shared.secure.box import SealSecret
 from fleetfed.shared.wire.envelope import Digest
+from fleetfed.shared.wire.masking import suite_of
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS keys (public BLOB PRIMARY KEY, secret BLOB NOT NULL, message BLOB NOT NULL,
@@ -77,7 +78,7 @@ class Store:
         rows = self._rows("SELECT secret FROM keys WHERE public = ?", public)
         if not rows:
             raise StorageError(f"{self._path}: the secret of key {public.hex()[:16]} is missing")
-        return SealSecret.from_bytes(rows[0][0])
+        return SealSecret.from_bytes(rows[0][0], suite_of(public))
 
     def add_key(self, key: Key, secret: SealSecret) -> None:
         """Store a key; durable on return."""

@@ -8,7 +8,7 @@ from typing import Final
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.trust.verifier import Verifier
 from fleetfed.shared.wire.envelope import MessageKind, parse_head
-from fleetfed.shared.wire.masking import MAX_HELPER_KEY, SealKey
+from fleetfed.shared.wire.masking import MAX_HELPER_KEY, SEALED_BOX, SealKey, suite_of
 from fleetfed.shared.wire.messages import Life, Presence
 
 _MOST: Final = 16
@@ -24,12 +24,14 @@ class HelperKey:
         message: the `SealKey` message, byte for byte.
         order: by which the newer of two keys is known.
         expires: unix milliseconds; 0 for never.
+        suite: that the key is of.
     """
 
     helper: str
     message: bytes
     order: tuple[int, int]
     expires: int
+    suite: int = SEALED_BOX
 
     def lasts(self, until: int) -> bool:
         """Whether it is valid then."""
@@ -80,6 +82,7 @@ class Helpers:
             message=message,
             order=(head.header.issued_at, head.header.sequence),
             expires=head.header.expires_at,
+            suite=suite_of(body.seal_key),
         )
         before = self._keys.get(helper)
         if before is not None and key.order <= before.order:
@@ -89,9 +92,10 @@ class Helpers:
         self._keys[helper] = key
         return True
 
-    def fresh(self, *, now: int, until: int) -> HelperKey | None:
-        """The newest key of a helper that is there, if it lasts until then and its bearer is not revoked."""
-        found = [key for key in self._there() if key.lasts(until) and self._trusted(key, now)]
+    def fresh(self, *, now: int, until: int, suite: int = SEALED_BOX) -> HelperKey | None:
+        """The newest key of a suite of a helper that is there, if it lasts until then and its bearer is not revoked."""
+        there = [key for key in self._there() if key.suite == suite]
+        found = [key for key in there if key.lasts(until) and self._trusted(key, now)]
         return max(found, key=lambda key: key.order, default=None)
 
     @property

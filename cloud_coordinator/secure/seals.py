@@ -11,9 +11,10 @@ import logging
 from collections.abc import Callable
 
 from fleetfed.cloud_coordinator.storage.store import Store
-from fleetfed.shared.errors import StorageError
+from fleetfed.shared.errors import RemoteProtocolError, StorageError
 from fleetfed.shared.secure.box import SealSecret
 from fleetfed.shared.secure.kdf import KEY_SIZE
+from fleetfed.shared.wire.masking import SEALED_BOX
 
 _log = logging.getLogger(__name__)
 
@@ -32,19 +33,23 @@ class Seals:
         # A process before us may have died between the deletion and the emptying of the log.
         self._due = True
 
-    def make(self) -> SealSecret:
-        """A fresh secret, stored nowhere yet."""
-        return SealSecret.from_bytes(self._randomness(KEY_SIZE))
+    def make(self, suite: int = SEALED_BOX) -> SealSecret:
+        """A fresh secret, stored nowhere yet.
+
+        Raises:
+            RemoteProtocolError: `UNKNOWN_SUITE`: a library is missing.
+        """
+        return SealSecret.from_bytes(self._randomness(KEY_SIZE), suite)
 
     def keep(self, number: int, secret: SealSecret) -> None:
         """Store the secret of round ``number``; durable with the transaction around the call."""
         self._store.add_seal(number, secret.encode())
 
-    def of(self, number: int) -> SealSecret:
-        """The secret of an open round.
+    def of(self, number: int, suite: int = SEALED_BOX) -> SealSecret:
+        """The secret of an open round, whose plan says the suite.
 
         Raises:
-            StorageError: it is not here.
+            StorageError: it is not here, or the library of its suite is not here any more.
         """
         secret = self._store.seal(number)
         if secret is None:
@@ -52,7 +57,10 @@ class Seals:
                 f"the seal secret of round {number} is missing although the round is open; "
                 "restore the state folder from a backup of this round"
             )
-        return SealSecret.from_bytes(secret)
+        try:
+            return SealSecret.from_bytes(secret, suite)
+        except RemoteProtocolError as error:
+            raise StorageError(f"the open round {number} cannot go on: {error}") from error
 
     def destroy(self, *, but: int = 0) -> None:
         """Delete every secret, or all but that of round ``but``; `wipe` follows once that is durable."""

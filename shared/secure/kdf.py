@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Final
 
 KEY_SIZE: Final = 32
-_PROTOCOL: Final = b"ff-sa/1"
+PROTOCOL: Final = b"ff-sa/1"
 _BLOCK: Final = 32
 
 
@@ -43,4 +43,4 @@ def hkdf(secret: bytes, *, salt: bytes, info: bytes, size: int) -> bytes:
 
 def derive(secret: bytes, label: Label, context: bytes) -> bytes:
     """Return 32 bytes: HKDF-SHA256 with the protocol's name as salt and ``lp(protocol, label, context)`` as info."""
-    return hkdf(secret, salt=_PROTOCOL, info=lp(_PROTOCOL, label.value.encode(), context), size=KEY_SIZE)
+    return hkdf(secret, salt=PROTOCOL, info=lp(PROTOCOL, label.value.encode(), context), size=KEY_SIZE)

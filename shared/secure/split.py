@@ -25,6 +25,7 @@ from fleetfed.shared.secure import prg
 from fleetfed.shared.secure.box import TAG_SIZE, Reader, SealSecret, decrypt, encrypt, seal
 from fleetfed.shared.secure.kdf import KEY_SIZE, Label, derive
 from fleetfed.shared.wire.envelope import Digest, Head, Header, check_body, digest
+from fleetfed.shared.wire.masking import SEALED_BOX
 from fleetfed.shared.wire.update import EXTENSION_SIZE, UpdateExtension
 
 _NO_HASH: Final = Digest(bytes(32))
@@ -53,32 +54,34 @@ def mask(
     seed_keys: Iterable[tuple[Reader, bytes]],
     randomness: Callable[[int], bytes],
     hedge: bytes,
+    suite: int = SEALED_BOX,
 ) -> tuple[bytes, tuple[bytes, ...]]:
     """Mask and encrypt one contribution.
 
     Args:
         words: the packed contribution, uint64 of shape (n_words,); masked in place.
         bound: `binding` of the header that the update will have.
-        gateway_key: the leaf gateway's X25519 key of the round, from its cosignature.
+        gateway_key: the leaf gateway's key of the round, from its cosignature.
         seed_keys: the coordinator and its key of the round; with a second seed holder also the helper and its key.
         randomness: returns so many unpredictable bytes.
         hedge: the device's own secret, 32 bytes, mixed into every key.
+        suite: of the plan.
 
     Returns:
         The body, and the boxes in the order of the extension.
 
     Raises:
-        RemoteProtocolError: `BAD_BOX`: one of the public keys is no key.
+        RemoteProtocolError: `BAD_BOX`: one of the public keys is no key of the suite; `UNKNOWN_SUITE`.
     """
     boxes = []
     for reader, public_key in seed_keys:
         # With the reader: to a frozen generator the coordinator's seed would be the helper's as well.
         seed = derive(randomness(KEY_SIZE) + hedge, Label.SEED, bound + reader.value)
         prg.add_mask(words, mask_key(seed, bound))
-        boxes.append(seal(seed, reader, bound, public_key))
+        boxes.append(seal(seed, reader, bound, public_key, suite))
     key = derive(randomness(KEY_SIZE) + hedge, Label.BODY_KEY, bound)
     body = encrypt(words.astype("<u8", copy=False).data.cast("B"), key, bound)
-    return body, (seal(key, Reader.GATEWAY, bound, gateway_key), *boxes)
+    return body, (seal(key, Reader.GATEWAY, bound, gateway_key, suite), *boxes)
 
 
 def open_words(head: Head, body: bytes | memoryview, *, secret: SealSecret, n_words: int) -> Words:

@@ -13,7 +13,7 @@ from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.codec import Length, Range
 from fleetfed.shared.wire.fields import Bytes32, Count
-from fleetfed.shared.wire.masking import SEALED_BOX
+from fleetfed.shared.wire.masking import HYBRID, SEALED_BOX
 from fleetfed.shared.wire.messages import Mode, Plan
 from fleetfed.shared.wire.privacy import Mechanism
 
@@ -45,7 +45,7 @@ class Policy:
     Attributes:
         version: grows with every policy; a plan names the one it was made under.
         modes: allowed ones.
-        suites: allowed encryption suites.
+        suites: allowed encryption suites; ``[3]`` refuses whatever a quantum computer could open later.
         seed_holders: fewest parties between whom mask seeds are split: 1 (coordinator) or 2 (and a helper).
         minimum_cohort: fewest contributors to any sum that leaves a leaf gateway in split mode.
         minimum_owners: fewest distinct owners among them.
@@ -61,7 +61,7 @@ class Policy:
 
     version: Count = 0
     modes: Annotated[tuple[Mode, ...], Length(1, 8)] = tuple(Mode)
-    suites: Annotated[tuple[int, ...], Length(1, 8)] = (SEALED_BOX,)
+    suites: Annotated[tuple[int, ...], Length(1, 8)] = (SEALED_BOX, HYBRID)
     seed_holders: Annotated[int, Range(1, 2)] = 1
     minimum_cohort: Annotated[int, Range(1, limits.MAX_COHORT)] = 1
     minimum_owners: Annotated[int, Range(1, limits.MAX_COHORT)] = 1

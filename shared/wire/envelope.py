@@ -28,7 +28,7 @@ from fleetfed.shared.wire.compression import decompress
 MAGIC: Final = b"FFM1"
 VERSION: Final = 1
 SIGNATURE_SIZE: Final = 64
-MAX_EXTENSION: Final = 1024
+MAX_EXTENSION: Final = 3840
 MAX_CERTIFICATE: Final = 512
 
 _HEADER: Final = struct.Struct("<4sBBBB16s16sQQQQ16sIIHH32s")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Final
 
-from fleetfed.shared.errors import RejectReason
+from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.codec import Length, Range
 from fleetfed.shared.wire.fields import Bytes16, Bytes32, Count, Id, Text
@@ -18,8 +18,43 @@ from fleetfed.shared.wire.fields import Bytes16, Bytes32, Count, Id, Text
 SEALED_BOX: Final = 1
 """Suite: keys sealed with libsodium's `crypto_box_seal` (X25519, XSalsa20-Poly1305), body in ChaCha20-Poly1305."""
 
+HYBRID: Final = 3
+"""Suite: keys sealed with HPKE over ML-KEM-768 and X25519 (`secure.hybrid`), body in ChaCha20-Poly1305."""
+
+KEY_SIZES: Final = {SEALED_BOX: 32, HYBRID: 1216}
+"""Bytes of a public seal key, by suite."""
+
 MAX_HELPER_KEY: Final = 2048
 """Bytes of a signed `SealKey` message in a plan."""
+
+
+PublicKey = Annotated[bytes, Length(32, 1216)]
+"""Of `KEY_SIZES`; which of them, the plan's suite says (`check_key`)."""
+
+
+def suite_of(public_key: bytes) -> int:
+    """The suite that a seal key is of, by its length.
+
+    Raises:
+        RemoteProtocolError: `BAD_BOX`: of none.
+    """
+    for suite, size in KEY_SIZES.items():
+        if len(public_key) == size:
+            return suite
+    raise RemoteProtocolError(RejectReason.BAD_BOX, f"a key of {len(public_key)} bytes is of no suite")
+
+
+def check_key(suite: int, public_key: bytes) -> None:
+    """Refuse a seal key that is not of the suite, before anything looks into it.
+
+    Raises:
+        RemoteProtocolError: `UNKNOWN_SUITE`, or `BAD_BOX` for another length.
+    """
+    due = KEY_SIZES.get(suite)
+    if due is None:
+        raise RemoteProtocolError(RejectReason.UNKNOWN_SUITE, f"suite {suite} is unknown here")
+    if len(public_key) != due:
+        raise RemoteProtocolError(RejectReason.BAD_BOX, f"a key of {len(public_key)} bytes in suite {suite}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +63,7 @@ class Split:
 
     Attributes:
         suite: how keys are sealed and bodies encrypted.
-        seal_key: the coordinator's X25519 key of this round; destroyed when the round is over.
+        seal_key: the coordinator's key of this round, of the suite; destroyed when the round is over.
         helper: the helper's own signed `SealKey` message, byte for byte, so that devices see whose key it is; empty
             for a round with one seed holder (h = 1).
         minimum_cohort: fewest contributors to any sum that leaves a leaf gateway, and to any bucket.
@@ -38,7 +73,7 @@ class Split:
     """
 
     suite: Annotated[int, Range(1, 255)] = SEALED_BOX
-    seal_key: Bytes32
+    seal_key: PublicKey
     helper: Annotated[bytes, Length(0, MAX_HELPER_KEY)] = b""
     minimum_cohort: Annotated[int, Range(2, limits.MAX_COHORT)] = 2
     minimum_owners: Annotated[int, Range(1, limits.MAX_COHORT)] = 1
@@ -54,19 +89,22 @@ class Cosign:
 
     Attributes:
         plan: head hash of the plan.
-        seal_key: the gateway's X25519 key of this round; destroyed when the round is over.
+        seal_key: the gateway's key of this round, of the plan's suite; destroyed when the round is over.
     """
 
     plan: Bytes32
-    seal_key: Bytes32
+    seal_key: PublicKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealKey:
-    """A helper's current X25519 key. Signed by the helper, retained; its head says until when it is valid."""
+    """A helper's current key, of the one suite that it serves.
+
+    Signed by the helper, retained; its head says until when it is valid.
+    """
 
     helper: Id
-    seal_key: Bytes32
+    seal_key: PublicKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -274,6 +274,8 @@ class DeclineReason(StrEnum):
     BUSY = "busy"
     POLICY = "policy"
     """The plan is weaker than the pinned policy, or what pins it has expired."""
+    SUITE = "suite"
+    """The device cannot seal keys as the plan's suite wants; the detail says what to install."""
     PRIVACY_BUDGET = "privacy_budget"
     """The device has taken part as often as its privacy ledger allows."""
     TOO_SOON = "too_soon"

@@ -12,6 +12,7 @@ from typing import Final
 
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.wire.envelope import Digest, Head, MessageKind
+from fleetfed.shared.wire.masking import HYBRID, SEALED_BOX
 
 _EXTENSION: Final = struct.Struct("<BBBBII32s32s")
 EXTENSION_SIZE: Final = _EXTENSION.size
@@ -23,7 +24,14 @@ SPLIT: Final = 1
 
 BOX_SIZE: Final = 113
 """Bytes of one sealed key of suite `masking.SEALED_BOX`: tag, key, binding, and 48 of libsodium's."""
+BOX_SIZES: Final = {SEALED_BOX: BOX_SIZE, HYBRID: 1168}
+"""Bytes of one sealed key, by suite."""
 _MOST_BOXES: Final = 3
+
+
+def box_size(suite: int) -> int:
+    """Bytes of one box; of a suite that nobody knows, those of the first, so that the plan can be compared."""
+    return BOX_SIZES.get(suite, BOX_SIZE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +46,7 @@ class UpdateExtension:
         meta_words: whole words after the lanes, as `aggregate.meta` lays them out.
         plan: head hash of the plan.
         model_sha256: the model file that training began with.
-        boxes: sealed keys of `BOX_SIZE` bytes each: none in plain mode; the body's key for the gateway, the seed for
+        boxes: sealed keys of `box_size` bytes each: none in plain mode; the body's key for the gateway, the seed for
             the coordinator and, with a helper, the seed for the helper in split mode.
     """
 
@@ -76,11 +84,14 @@ class UpdateExtension:
         Raises:
             RemoteProtocolError: `MALFORMED`: not an update, or of another length.
         """
-        count, rest = divmod(len(head.extension) - EXTENSION_SIZE, BOX_SIZE)
-        if head.header.kind is not MessageKind.UPDATE or rest or not 0 <= count <= _MOST_BOXES:
+        if head.header.kind is not MessageKind.UPDATE or len(head.extension) < EXTENSION_SIZE:
             raise RemoteProtocolError(RejectReason.MALFORMED, f"{len(head.extension)} bytes of update extension")
         mode, suite, bits, lane_bits, dimension, meta_words, plan, model = _EXTENSION.unpack_from(head.extension)
-        starts = range(EXTENSION_SIZE, len(head.extension), BOX_SIZE)
+        size = box_size(suite)
+        count, rest = divmod(len(head.extension) - EXTENSION_SIZE, size)
+        if rest or count > _MOST_BOXES:
+            raise RemoteProtocolError(RejectReason.MALFORMED, f"{len(head.extension)} bytes of update extension")
+        starts = range(EXTENSION_SIZE, len(head.extension), size)
         return cls(
             mode=mode,
             suite=suite,
@@ -90,5 +101,5 @@ class UpdateExtension:
             meta_words=meta_words,
             plan=Digest(plan),
             model_sha256=model,
-            boxes=tuple(head.extension[start : start + BOX_SIZE] for start in starts),
+            boxes=tuple(head.extension[start : start + size] for start in starts),
         )

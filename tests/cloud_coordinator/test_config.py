@@ -66,6 +66,7 @@ SPLIT = '[rounds]\nmode = "split"\n'
         ("bucket = 200\ncohort_cap = 100\n", "bucket 200 is more than cohort_cap 100"),
         ('robust = "trimmed_mean"\n', "there are none: set bucket, to at least 5"),
         ("seed_holders = 3\n", "not between 1 and 2"),
+        ("suite = 2\n", "suite 2 is unknown: set 1"),
         ("minimum_cohort = 1\n", "not between 2 and"),
         ('robust = "mean"\n', "robust"),
     ],
@@ -75,7 +76,9 @@ def test_split_settings_that_cannot_work_are_refused_with_what_to_do(tmp_path: P
         load(tmp_path, BASE + SPLIT + text)
 
 
-@pytest.mark.parametrize("text", ["bucket = 64\n", "seed_holders = 2\n", 'robust = "geometric_median"\n'])
+@pytest.mark.parametrize(
+    "text", ["bucket = 64\n", "seed_holders = 2\n", "suite = 3\n", 'robust = "geometric_median"\n']
+)
 def test_what_only_split_mode_has_is_refused_in_plain_mode(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"is for split mode: set .* = .*, or mode = 'split'"):
         load(tmp_path, BASE + "[rounds]\n" + text)

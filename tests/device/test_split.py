@@ -8,26 +8,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fleetfed_testing.device_driver import CARD as DRIVER_CARD
+from fleetfed_testing.device_driver import Driver, held
 from fleetfed_testing.lone_gateway import Authority, manifest_of, plan_for, signer_of
 from fleetfed_testing.split_site import SplitSite
 
 from fleetfed.cloud_coordinator import zoo
 from fleetfed.device import update
+from fleetfed.device.cosign import Cosigns
 from fleetfed.device.events import CosignArrived, Verdict
 from fleetfed.device.inbound import Inbound
+from fleetfed.device.state import Facts
 from fleetfed.device.trainer import Trained
 from fleetfed.shared.aggregate.body import decode_body
 from fleetfed.shared.aggregate.scheme import scheme_of
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
-from fleetfed.shared.secure import split
+from fleetfed.shared.secure import hybrid, split
 from fleetfed.shared.secure.box import Reader
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.policy import Policy, PrivacyFloor
 from fleetfed.shared.trust.signer import Message
 from fleetfed.shared.wire.envelope import Digest, MessageKind
-from fleetfed.shared.wire.masking import Cosign
-from fleetfed.shared.wire.messages import Mode, Plan, Revocations
+from fleetfed.shared.wire.masking import HYBRID, Cosign
+from fleetfed.shared.wire.messages import DeclineReason, Mode, Plan, Revocations
 from fleetfed.shared.wire.privacy import Mechanism, Privacy
 from fleetfed.shared.wire.update import BOX_SIZE, UpdateExtension
 
@@ -42,6 +46,8 @@ GATEWAY_IDENTITY = AUTHORITY.member(Role.GATEWAY, "g-north")
 GATEWAY = signer_of(GATEWAY_IDENTITY)
 SITE = SplitSite(AUTHORITY)
 HELPED = SplitSite(AUTHORITY, helper=True)
+HYBRID_SITE = SplitSite(AUTHORITY, suite=HYBRID)
+HELPED_HYBRID = SplitSite(AUTHORITY, helper=True, suite=HYBRID)
 COSIGN_TOPIC, PLAN_TOPIC = "ff1/demo/north/b/cosign", "ff1/demo/north/b/plan"
 PLAN_HASH = Digest(b"p" * 32)
 SMALL_ORDER = bytes(32)
@@ -113,7 +119,45 @@ def test_a_promise_of_privacy_that_cannot_be_kept() -> None:
 def test_a_suite_that_nobody_here_knows() -> None:
     asked = plan(split=SITE.block(suite=9))
     assert judged(asked).reason is RejectReason.BELOW_POLICY
-    assert judged(asked, Policy(suites=(1, 9))).reason is RejectReason.WRONG_SHAPE
+    assert judged(asked, Policy(suites=(1, 9))).reason is RejectReason.UNKNOWN_SUITE
+
+
+def test_a_plan_that_falls_back_to_a_suite_which_the_owners_forbid() -> None:
+    """A thief of the coordinator's key orders seals that a quantum computer could open later."""
+    only_hybrid = Policy(suites=(HYBRID,))
+    verdict = judged(plan(), only_hybrid)
+    assert (verdict.reason, verdict.detail) == (RejectReason.BELOW_POLICY, "suite 1")
+    assert judged(plan(HELPED_HYBRID), only_hybrid) == Verdict(helper_key=HELPED_HYBRID.helper_secret.public)
+
+
+def test_a_device_without_the_library_of_a_suite_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = plan(HYBRID_SITE)
+    monkeypatch.setattr(hybrid, "_library", lambda: None)
+    verdict = judged(asked)
+    assert verdict.reason is RejectReason.UNKNOWN_SUITE
+    assert "pip install 'fleetfed[hybrid]'" in verdict.detail
+    # The cosignature cannot be looked into; that is no fault of the gateway's.
+    word = HYBRID_SITE.cosign(asked, PLAN_HASH, GATEWAY).encode()
+    assert isinstance(inbound().event(COSIGN_TOPIC, word, NOW), CosignArrived)
+    device = Driver(Facts(models=(held(1),), cards=frozenset({DRIVER_CARD.ref.digest}), floor=1))
+    _refused, decline = device.plan(mode=Mode.SPLIT, split=asked.split, verdict=verdict)
+    assert (decline.reason, decline.detail) == (DeclineReason.SUITE, f"unknown_suite: {verdict.detail}")
+
+
+@pytest.mark.parametrize("whose", ["seal_key", "helper"])
+def test_keys_of_another_suite_than_the_plans(whose: str) -> None:
+    weak = {"seal_key": SITE.coordinator_secret.public, "helper": HELPED.helper_word()}[whose]
+    assert judged(plan(split=HELPED_HYBRID.block(**{whose: weak}))).reason is RejectReason.BAD_BOX
+
+
+def test_a_cosignature_with_a_key_of_another_suite_is_none() -> None:
+    """A gateway whose key is stolen may not take its devices' seals back to suite 1."""
+    asked = plan(HYBRID_SITE)
+    for site, expected in ((SITE, None), (HYBRID_SITE, HYBRID_SITE.gateway_secret.public)):
+        cosigns = Cosigns()
+        event = inbound().event(COSIGN_TOPIC, site.cosign(asked, PLAN_HASH, GATEWAY).encode(), NOW)
+        assert cosigns.hear(event, current=asked.round)
+        assert cosigns.key(asked, PLAN_HASH, NOW) == expected
 
 
 def test_a_coordinators_key_of_small_order() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,15 @@ from fleetfed_testing.gateway_split import SplitRound
 from fleetfed_testing.signed_fleet import SignedFleet
 
 from fleetfed.gateway import events as ev
-from fleetfed.gateway.record import Place, RoundState
+from fleetfed.gateway.record import Place, RoundSecrets, RoundState
 from fleetfed.gateway.state import GatewayMachine
 from fleetfed.gateway.summation import Summation
 from fleetfed.shared.aggregate.accumulator import Partial
-from fleetfed.shared.errors import RejectReason
+from fleetfed.shared.errors import RejectReason, StorageError
 from fleetfed.shared.secure.split import body_size
 from fleetfed.shared.trust.policy import Policy
 from fleetfed.shared.wire.envelope import MessageKind, parse_head
-from fleetfed.shared.wire.masking import Cosign
+from fleetfed.shared.wire.masking import HYBRID, SEALED_BOX, Cosign
 from fleetfed.shared.wire.messages import Life, Mode, Reveal
 from fleetfed.shared.wire.topics import Broadcast, Kind, Verb
 
@@ -432,16 +433,36 @@ async def test_a_plan_below_the_policy_is_not_passed_on(bench: Bench) -> None:
     assert bench.machine.round.record.plan.round == 3
 
 
-@pytest.mark.parametrize("change", [{"suite": 7}, {"bucket": 3, "minimum_cohort": 4}], ids=["suite", "bucket"])
-def test_a_plan_that_contradicts_itself_or_is_too_new(fleet: SignedFleet, change: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"suite": 7}, RejectReason.UNKNOWN_SUITE),
+        ({"suite": 3}, RejectReason.BAD_BOX),
+        ({"bucket": 3, "minimum_cohort": 4}, RejectReason.WRONG_SHAPE),
+    ],
+    ids=["suite", "key", "bucket"],
+)
+def test_a_plan_that_contradicts_itself_or_is_too_new(
+    fleet: SignedFleet, change: dict[str, int], reason: RejectReason
+) -> None:
     machine = GatewayMachine("north", Place(gateway="g", direct=True))
     sha256 = fleet.model(1)[0].sha256
     machine.handle(ev.ModelServed(version=1, sha256=sha256, sizes=fleet.sizes), fleet.now)
     plan, message = fleet.plan(1, split=fleet.split(**change))
     (refused,) = machine.handle(ev.PlanArrived(plan=plan, hash=message.head.hash, raw=message.encode()), fleet.now)
-    assert refused.reason is RejectReason.WRONG_SHAPE
+    assert refused.reason is reason
     assert machine.round is None
     machine.validate()
+
+
+@pytest.mark.parametrize("suite", [SEALED_BOX, HYBRID])
+def test_a_rounds_secrets_come_back_from_the_journal_with_their_suite(suite: int) -> None:
+    made = RoundSecrets.new(os.urandom, suite)
+    again = RoundSecrets.decode(made.encode())
+    assert (again.seal.suite, again.seal.public, again.nonce) == (suite, made.seal.public, made.nonce)
+    for damaged in (made.encode()[:-1], made.encode()[:-1] + b"\x09"):
+        with pytest.raises(StorageError):
+            RoundSecrets.decode(damaged)
 
 
 async def test_rounds_of_both_modes_follow_each_other(bench: Bench) -> None:

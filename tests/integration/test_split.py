@@ -15,6 +15,7 @@ from fleetfed_testing.local_fleet import LocalFleet, running
 
 from fleetfed.cloud_coordinator.demo.layout import BROKER, COORDINATOR
 from fleetfed.shared.wire import limits
+from fleetfed.shared.wire.masking import HYBRID
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -60,6 +61,11 @@ async def test_updates_within_a_budget_make_one_file_whatever_the_tree(tmp_path:
     for status in (tmp_path / "flat").rglob("status.json"):
         for row in json.loads(status.read_text()).get("rounds", []):
             assert row.get("update_bytes", 0) < 6000 + limits.MAX_HEAD
+
+
+async def test_seals_of_suite_3_make_the_same_files(tmp_path: Path, plain: list[str]) -> None:
+    """Every party makes, stores and opens keys of ML-KEM-768 and X25519; nothing else of the round changes."""
+    assert await models(tmp_path, {**SPLIT, "suite": HYBRID}, gateways=2, tiers=2) == plain
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Makes `secure.json`: rounds in split mode from fixed keys. Run after a change of how updates are masked.
 
-The seals hold fresh ephemeral keys, which libsodium draws itself, so every run makes other boxes around the same keys.
+The seals hold fresh ephemeral keys, which the libraries draw themselves, so every run makes other boxes around the same
+keys.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from fleetfed.shared.secure.box import Reader, SealSecret
 from fleetfed.shared.secure.buckets import commit_nonce, deal
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.wire.envelope import Header, MessageId, MessageKind
-from fleetfed.shared.wire.masking import SEALED_BOX
-from fleetfed.shared.wire.update import BOX_SIZE, EXTENSION_SIZE, SPLIT, UpdateExtension
+from fleetfed.shared.wire.masking import HYBRID, SEALED_BOX
+from fleetfed.shared.wire.update import EXTENSION_SIZE, SPLIT, UpdateExtension, box_size
 
 HERE = Path(__file__).parent
 
@@ -40,7 +41,13 @@ make_wire = _load("make_wire")
 HEDGE = bytes([0xDD]) * 32
 RANDOMNESS = bytes(range(32))
 SECRETS = {reader: SealSecret.from_bytes(reader.value * 32) for reader in Reader}
-LAYOUTS = {"16-bit, h = 1": (16, 1), "16-bit, h = 2": (16, 2), "21-bit, h = 2": (21, 2)}
+HYBRID_SECRETS = {reader: SealSecret.from_bytes(reader.value * 32, HYBRID) for reader in Reader}
+LAYOUTS = {
+    "16-bit, h = 1": (16, 1, SEALED_BOX),
+    "16-bit, h = 2": (16, 2, SEALED_BOX),
+    "21-bit, h = 2": (21, 2, SEALED_BOX),
+    "16-bit, h = 2, suite 3": (16, 2, HYBRID),
+}
 DEVICES = 3
 DIMENSION, META = 10, 3
 
@@ -53,13 +60,14 @@ def meta(device: int) -> Any:
     return np.array([1, 3 + device, 1000 * device], dtype=np.uint64)
 
 
-def update(device: int, lane_bits: int, holders: int) -> bytes:
+def update(device: int, lane_bits: int, holders: int, suite: int) -> bytes:
     """A signed and masked update of fixed keys."""
+    secrets = HYBRID_SECRETS if suite == HYBRID else SECRETS
     layout = LaneLayout(DIMENSION, lane_bits, META)
     words = layout.pack(values(device), meta(device))
     extension = UpdateExtension(
         mode=SPLIT,
-        suite=SEALED_BOX,
+        suite=suite,
         bits=9,
         lane_bits=lane_bits,
         dimension=DIMENSION,
@@ -73,10 +81,11 @@ def update(device: int, lane_bits: int, holders: int) -> bytes:
         body, boxes = split.mask(
             words,
             split.binding(header, extension.fixed()),
-            gateway_key=SECRETS[Reader.GATEWAY].public,
-            seed_keys=[(reader, SECRETS[reader].public) for reader in readers],
+            gateway_key=secrets[Reader.GATEWAY].public,
+            seed_keys=[(reader, secrets[reader].public) for reader in readers],
             randomness=lambda size: RANDOMNESS[:size],
             hedge=HEDGE,
+            suite=suite,
         )
         return body, extension.fixed() + b"".join(boxes)
 
@@ -87,7 +96,7 @@ def update(device: int, lane_bits: int, holders: int) -> bytes:
         MessageKind.UPDATE,
         fill,
         body_size=split.body_size(layout.n_words),
-        extension_size=EXTENSION_SIZE + BOX_SIZE * (1 + holders),
+        extension_size=EXTENSION_SIZE + box_size(suite) * (1 + holders),
         now=make_wire.NOW,
         round=4,
         lifetime=60_000,
@@ -124,11 +133,12 @@ def make() -> dict[str, Any]:
             name: {
                 "lane_bits": lane_bits,
                 "holders": holders,
-                "updates": [update(device, lane_bits, holders).hex() for device in range(DEVICES)],
+                "suite": suite,
+                "updates": [update(device, lane_bits, holders, suite).hex() for device in range(DEVICES)],
                 "values": [values(device).tolist() for device in range(DEVICES)],
                 "meta": [meta(device).tolist() for device in range(DEVICES)],
             }
-            for name, (lane_bits, holders) in LAYOUTS.items()
+            for name, (lane_bits, holders, suite) in LAYOUTS.items()
         },
     }
 

@@ -152,14 +152,15 @@ def message(data: bytes, authority: bytes) -> dict[str, Any]:
     }
     if kind == "update":
         extension = data[132:extension_end]
-        assert len(extension) in (76, 76 + 2 * 113, 76 + 3 * 113)
+        box = 1168 if extension[1] == 3 else 113
+        assert len(extension) in (76, 76 + 2 * box, 76 + 3 * box)
         found["extension"] = {
             **dict(zip(("mode", "suite", "bits", "lane_bits"), extension[:4], strict=True)),
             "dimension": number(extension, 4, 4),
             "meta_words": number(extension, 8, 4),
             "plan": extension[12:44],
             "model_sha256": extension[44:76],
-            "boxes": [extension[at : at + 113] for at in range(76, len(extension), 113)],
+            "boxes": [extension[at : at + box] for at in range(76, len(extension), box)],
         }
         found["body"] = raw
     else:

@@ -1,7 +1,8 @@
 """A second reading of the section "Masked updates" of `docs/wire.md`, with none of the project's code and no libsodium.
 
 ChaCha20, Salsa20 and Poly1305 are written out from RFC 8439 and Bernstein's papers ("Salsa20 specification", "Extending
-the Salsa20 nonce"); only the curve is `cryptography`'s (OpenSSL). Slow, and not constant in time: for vectors alone.
+the Salsa20 nonce"); only the curve and ML-KEM are `cryptography`'s (OpenSSL). Slow, and not constant in time: for
+vectors alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hmac
 import struct
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 U32, U64 = (1 << 32) - 1, (1 << 64) - 1
@@ -63,14 +65,14 @@ def exclusive_or(a: bytes, b: bytes) -> bytes:
     return bytes(x ^ y for x, y in zip(a, b, strict=True))
 
 
-def open_aead(key: bytes, sealed: bytes, associated: bytes) -> bytes:
-    """ChaCha20-Poly1305 with a nonce of zeros; ValueError for a wrong tag."""
+def open_aead(key: bytes, sealed: bytes, associated: bytes, nonce: bytes = bytes(12)) -> bytes:
+    """ChaCha20-Poly1305, by default with a nonce of zeros; ValueError for a wrong tag."""
     text, tag = sealed[:-16], sealed[-16:]
     padded = b"".join(part + bytes(-len(part) % 16) for part in (associated, text))
     lengths = struct.pack("<QQ", len(associated), len(text))
-    if poly1305(chacha20(key, bytes(12), 32), padded + lengths) != tag:
+    if poly1305(chacha20(key, nonce, 32), padded + lengths) != tag:
         raise ValueError("wrong tag")
-    return exclusive_or(text, chacha20(key, bytes(12), len(text), counter=1))
+    return exclusive_or(text, chacha20(key, nonce, len(text), counter=1))
 
 
 # --- crypto_box_seal: X25519, HSalsa20, XSalsa20-Poly1305 ------------------------------------------------------------
@@ -121,6 +123,36 @@ def open_sealed_box(secret: bytes, sealed: bytes) -> bytes:
     return exclusive_or(text, stream[32:])
 
 
+# --- HPKE (RFC 9180, base mode) over X-Wing (draft-connolly-cfrg-xwing-kem), HKDF-SHA256, ChaCha20-Poly1305 ----------
+
+HPKE_SUITE = b"HPKE" + struct.pack(">HHH", 0x647A, 1, 3)
+
+
+def labeled_extract(salt: bytes, label: bytes, secret: bytes) -> bytes:
+    return hmac.new(salt or bytes(32), b"HPKE-v1" + HPKE_SUITE + label + secret, hashlib.sha256).digest()
+
+
+def labeled_expand(key: bytes, label: bytes, info: bytes, size: int) -> bytes:
+    """At most one block."""
+    whole = struct.pack(">H", size) + b"HPKE-v1" + HPKE_SUITE + label + info
+    return hmac.new(key, whole + b"\1", hashlib.sha256).digest()[:size]
+
+
+def open_hpke(secret: bytes, sealed: bytes, info: bytes) -> bytes:
+    """What a box of suite 3 holds; ValueError for a wrong tag."""
+    expanded = hashlib.shake_256(secret).digest(96)
+    curve = X25519PrivateKey.from_private_bytes(expanded[64:])
+    ephemeral = sealed[1088:1120]
+    lattice_shared = MLKEM768PrivateKey.from_seed_bytes(expanded[:64]).decapsulate(sealed[:1088])
+    curve_shared = curve.exchange(X25519PublicKey.from_public_bytes(ephemeral))
+    mixed = lattice_shared + curve_shared + ephemeral + curve.public_key().public_bytes_raw() + b"\\.//^\\"
+    shared = hashlib.sha3_256(mixed).digest()
+    context = b"\0" + labeled_extract(b"", b"psk_id_hash", b"") + labeled_extract(b"", b"info_hash", info)
+    key = labeled_extract(shared, b"secret", b"")
+    nonce = labeled_expand(key, b"base_nonce", context, 12)
+    return open_aead(labeled_expand(key, b"key", context, 32), sealed[1120:], b"", nonce)
+
+
 # --- The document ----------------------------------------------------------------------------------------------------
 
 
@@ -146,7 +178,7 @@ def update(message: bytes, secrets: dict[str, bytes], *, randomness: bytes, hedg
 
     Args:
         message: header, extension, signature, certificate, body.
-        secrets: X25519 keys of `G`, `C` and perhaps `H`.
+        secrets: of `G`, `C` and perhaps `H`, 32 bytes each.
         randomness, hedge: what the device made its keys of, to derive them a second time.
     """
     extension_end = 132 + int.from_bytes(message[96:98], "little")
@@ -154,6 +186,10 @@ def update(message: bytes, secrets: dict[str, bytes], *, randomness: bytes, hedg
     bound = binding(message)
     keys = {}
     for place, (tag, secret) in enumerate(secrets.items()):
+        if message[133] == 3:
+            start = 208 + 1168 * place
+            keys[tag] = open_hpke(secret, message[start : start + 1168], lp(b"ff-sa/1", b"box", tag.encode(), bound))
+            continue
         start = 208 + 113 * place
         plain = open_sealed_box(secret, message[start : start + 113])
         assert plain[:1] == tag.encode()

@@ -15,6 +15,7 @@ from fleetfed.cloud_coordinator.helper.state import SKEW, HelperMachine, HelperS
 from fleetfed.shared.errors import IllegalTransitionError, RejectReason
 from fleetfed.shared.machine import TimerFired
 from fleetfed.shared.wire.envelope import Digest
+from fleetfed.shared.wire.masking import HYBRID
 
 DAY = 86_400_000
 T0 = 1_800_000_000_000
@@ -180,3 +181,15 @@ def test_whatever_is_asked_no_device_is_in_two_sums(wanted: list[Claim]) -> None
             if a is not b and a.round == b.round:
                 assert not a.devices & b.devices
                 assert a.plan == b.plan
+
+
+def test_a_new_key_is_made_at_once_when_the_settings_name_another_suite() -> None:
+    machine = HelperMachine(period=DAY, suite=HYBRID, keys=[key(1)])
+    (make,) = machine.handle(ev.Started(), T0 + 1)
+    assert isinstance(make, ev.MakeKey)
+    hybrid = Key(public=bytes(1216), message=b"key 2", issued=T0 + 1, expires=T0 + 1 + 2 * DAY)
+    machine.handle(ev.KeyStored(hybrid), T0 + 1)
+    assert machine.current == hybrid
+    assert machine.key(b"key 1") == key(1), "rounds that named it go on"
+    assert machine.handle(TimerFired(), T0 + 2) == []
+    machine.validate()

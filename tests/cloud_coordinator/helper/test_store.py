@@ -13,10 +13,11 @@ from fleetfed.cloud_coordinator.helper.store import Store
 from fleetfed.shared.errors import StorageError
 from fleetfed.shared.secure.box import SealSecret
 from fleetfed.shared.wire.envelope import Digest
+from fleetfed.shared.wire.masking import HYBRID, SEALED_BOX
 
 
-def new_key(store: Store) -> tuple[Key, SealSecret]:
-    secret = SealSecret.from_bytes(secrets.token_bytes(32))
+def new_key(store: Store, suite: int = SEALED_BOX) -> tuple[Key, SealSecret]:
+    secret = SealSecret.from_bytes(secrets.token_bytes(32), suite)
     key = Key(public=secret.public, message=b"signed" + secret.public, issued=1, expires=2)
     store.add_key(key, secret)
     return key, secret
@@ -31,6 +32,14 @@ def claim(key: Key, *, round: int = 1, gateway: str = "g-north") -> Claim:
         key=key.public,
         devices=frozenset({f"{gateway}-1", f"{gateway}-2"}),
     )
+
+
+def test_a_secret_is_of_the_suite_of_its_public_key(tmp_path: Path) -> None:
+    store = Store(tmp_path / "helper.db")
+    for suite in (SEALED_BOX, HYBRID):
+        key, secret = new_key(store, suite)
+        found = store.secret(key.public)
+        assert (found.suite, found.public) == (suite, secret.public)
 
 
 def test_everything_is_there_again(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.signer import Message
 from fleetfed.shared.wire.envelope import Digest, Head, Header, MessageKind
 from fleetfed.shared.wire.masking import SEALED_BOX
-from fleetfed.shared.wire.update import BOX_SIZE, EXTENSION_SIZE, SPLIT, UpdateExtension
+from fleetfed.shared.wire.update import EXTENSION_SIZE, SPLIT, UpdateExtension, box_size
 from fleetfed_testing.signed_fleet import SignedFleet
 
 
-def new_secret() -> SealSecret:
+def new_secret(suite: int = SEALED_BOX) -> SealSecret:
     """A key pair of a round."""
-    return SealSecret.from_bytes(secrets.token_bytes(32))
+    return SealSecret.from_bytes(secrets.token_bytes(32), suite)
 
 
 @dataclass
@@ -46,10 +46,10 @@ class MaskedRound:
     hedge: bytes = bytes(32)
 
     @classmethod
-    def of(cls, layout: LaneLayout, *, helper: bool = False) -> MaskedRound:
+    def of(cls, layout: LaneLayout, *, helper: bool = False, suite: int = SEALED_BOX) -> MaskedRound:
         """A round with fresh keys."""
         readers = (Reader.COORDINATOR, Reader.HELPER) if helper else (Reader.COORDINATOR,)
-        return cls(SignedFleet(), layout, {reader: new_secret() for reader in readers})
+        return cls(SignedFleet(), layout, {reader: new_secret(suite) for reader in readers}, new_secret(suite))
 
     def update(
         self,
@@ -62,7 +62,7 @@ class MaskedRound:
         """A device's signed update of these packed words; ``changes`` are of the extension."""
         fixed = UpdateExtension(
             mode=SPLIT,
-            suite=SEALED_BOX,
+            suite=self.gateway.suite,
             bits=8,
             lane_bits=self.layout.lane_bits,
             dimension=self.layout.dimension,
@@ -80,6 +80,7 @@ class MaskedRound:
                 seed_keys=[(reader, secret.public) for reader, secret in self.holders.items()],
                 randomness=randomness,
                 hedge=self.hedge,
+                suite=self.gateway.suite,
             )
             return body, replace(extension, boxes=boxes).encode()
 
@@ -87,7 +88,7 @@ class MaskedRound:
             MessageKind.UPDATE,
             fill,
             body_size=split.body_size(self.layout.n_words),
-            extension_size=EXTENSION_SIZE + BOX_SIZE * (1 + len(self.holders)),
+            extension_size=EXTENSION_SIZE + box_size(self.gateway.suite) * (1 + len(self.holders)),
             now=self.fleet.now,
             round=1,
             lifetime=120_000,

@@ -13,13 +13,13 @@ from fleetfed.shared.secure.box import Reader, SealSecret
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.signer import Message, Signer
 from fleetfed.shared.wire.envelope import Digest, Head, MessageKind
-from fleetfed.shared.wire.masking import Cosign, SealKey, Split
+from fleetfed.shared.wire.masking import SEALED_BOX, Cosign, SealKey, Split
 from fleetfed.shared.wire.messages import Mode, Plan
 from fleetfed_testing.lone_gateway import Authority, signer_of
 
 
-def _secret(number: int) -> SealSecret:
-    return SealSecret.from_bytes(bytes([number]) * 32)
+def _secret(number: int, suite: int = SEALED_BOX) -> SealSecret:
+    return SealSecret.from_bytes(bytes([number]) * 32, suite)
 
 
 @dataclass
@@ -29,15 +29,18 @@ class SplitSite:
     Attributes:
         authority: of the fleet.
         helper: whether there is a second seed holder.
+        suite: of the plan and of all keys.
     """
 
     authority: Authority
     helper: bool = False
-    gateway_secret: SealSecret = field(default_factory=lambda: _secret(1))
-    coordinator_secret: SealSecret = field(default_factory=lambda: _secret(2))
-    helper_secret: SealSecret = field(default_factory=lambda: _secret(3))
+    suite: int = SEALED_BOX
+    gateway_secret: SealSecret = field(init=False)
+    coordinator_secret: SealSecret = field(init=False)
+    helper_secret: SealSecret = field(init=False)
 
     def __post_init__(self) -> None:
+        self.gateway_secret, self.coordinator_secret, self.helper_secret = (_secret(n, self.suite) for n in (1, 2, 3))
         self.helper_signer = signer_of(self.authority.member(Role.HELPER, "h-1", "_"))
 
     def helper_word(self, *, signer: Signer | None = None, now: int = 0, lifetime: int = 0, **changes: Any) -> bytes:
@@ -49,6 +52,7 @@ class SplitSite:
     def block(self, **changes: Any) -> Split:
         """What the plan says of masks."""
         whole: dict[str, Any] = {
+            "suite": self.suite,
             "seal_key": self.coordinator_secret.public,
             "helper": self.helper_word() if self.helper else b"",
         }
