@@ -63,11 +63,18 @@ class Revealed:
         stored: bytes from which a restart reads the sums.
         parts: the sums.
         result: what it came to.
+        refusal: whether the gateway itself says that there is no sum, and is right to.
     """
 
     stored: bytes
     parts: tuple[Partial, ...]
     result: RevealResult = GOOD
+    refusal: bool = False
+
+    @classmethod
+    def none(cls, reason: RejectReason) -> Revealed:
+        """Of a gateway that follows its commit in nothing."""
+        return cls(stored=b"", parts=(), result=RevealResult(failed=reason.value), refusal=True)
 
     @classmethod
     def masked(cls, unmasked: Unmasked | None, failed: RejectReason | None) -> Revealed:
@@ -326,7 +333,8 @@ class RoundBook:
         failed = RejectReason(revealed.result.failed) if revealed.result.failed else None
         if failed is not None:
             self._rejected.add(failed)
-        receipt = Receipt(message_id=message.message_id, head=message.head, reason=failed)
+        reason = None if revealed.refusal else failed
+        receipt = Receipt(message_id=message.message_id, head=message.head, reason=reason)
         signed = self._sign(MessageKind.RECEIPT, receipt, now, self.current.plan.round)
         self._store.add_reveal(
             round=self.current.plan.round,

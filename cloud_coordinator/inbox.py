@@ -237,12 +237,16 @@ class Inbox:
             plan=Digest(reveal.plan),
             commit=Digest(reveal.commit),
             count=reveal.count,
+            failed=reveal.reason,
         )
         round_ = coordinator.machine.round
         assert round_ is not None
         reason = round_.judge_reveal(event)
         if reason is not None:
             raise RemoteProtocolError(reason, "the reveal does not answer the commit")
+        if reveal.reason is not None:
+            coordinator.reveals.refused(event, reveal, current)
+            return
         if current.plan.split is not None:
             await coordinator.reveals.take(event, reveal, current, current.plan.split)
             return

@@ -4,7 +4,7 @@ Rules:
 
 - one commit per gateway, ever; the first proposal counts, the same one again is answered as before;
 - a device is in the round once, over all gateways; the first proposal that names it has it;
-- a reveal must answer its gateway's commit and count exactly its members;
+- a reveal must answer its gateway's commit, and count exactly its members unless none of it counts;
 - the round is complete when every awaited gateway and every other that has a commit is done, and a gateway is done
   when it has revealed, or when its commit has no members;
 - in split mode (`SiteRules`) no mask seed is in the round twice, and a site's members are committed only if they are
@@ -200,7 +200,8 @@ class Round:
             return RejectReason.NOT_PROPOSED
         if known.reveal is not None:
             return None if known.reveal == event.message.head else RejectReason.CONFLICT
-        return None if event.count == known.members else RejectReason.OUT_OF_RANGE
+        counts = event.failed is not None or event.count == known.members
+        return None if counts else RejectReason.OUT_OF_RANGE
 
     def validate(self) -> None:
         """Assert the invariants."""

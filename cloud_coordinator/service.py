@@ -306,6 +306,10 @@ class Coordinator:
         """A masked reveal was unmasked; none of it counts where it failed."""
         self._reveal(event, Revealed.masked(unmasked, event.failed))
 
+    def revealed_nothing(self, event: ev.RevealVerified, reason: RejectReason) -> None:
+        """A gateway said that it follows its commit in nothing."""
+        self._reveal(event, Revealed.none(reason))
+
     def revealed_plain(self, event: ev.RevealVerified, words: bytes, partial: Partial) -> None:
         """A verified partial came in."""
         self._reveal(event, Revealed(stored=words, parts=(partial,)))

@@ -139,6 +139,7 @@ class ChildRevealed:
     Attributes:
         commit: head hash of the commit that it answers.
         count: contributors, by the message and, where that can be seen, by the sum's own count word.
+        reason, detail: why it will never send a sum for that commit; None where it does.
         parcel: the runtime's own: what the sum adds.
         raw: the message.
     """
@@ -151,6 +152,8 @@ class ChildRevealed:
     count: int
     raw: bytes
     parcel: Any = None
+    reason: RejectReason | None = None
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +203,14 @@ class RevealMade:
     commit: bytes
     message_id: MessageId
     raw: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusalMade:
+    """`StoreAborted` was performed: this message says so to the tier above."""
+
+    plan: bytes
+    message_id: MessageId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,10 +317,14 @@ class StoreAnswered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreAborted:
-    """Keep a commit together with why it was refused: no sum leaves us in this round; bodies and secrets go."""
+    """Keep a commit together with why it was refused, as signed for the tier above: no sum leaves us in this round.
+
+    Bodies and secrets go in the same step; feed `RefusalMade`.
+    """
 
     raw: bytes
     reason: RejectReason
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

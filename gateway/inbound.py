@@ -317,6 +317,8 @@ class Inbound:
                 count=reveal.count,
                 raw=raw,
                 parcel=partial,
+                reason=reveal.reason,
+                detail=reveal.detail,
             )
 
         small = max(rnd.ring.layout.dimension, len(raw) // 8) <= SMALL

@@ -106,9 +106,10 @@ def answered_rows() -> Rows:
     return [*fact_rows("answered", b"\x01"), *_erase()]
 
 
-def aborted_rows(event: ev.StoreAborted) -> Rows:
-    """A commit that was refused, and why; nothing of which a sum could be made is left."""
-    return [*fact_rows("commit", event.raw), *fact_rows("aborted", event.reason.encode()), *answered_rows()]
+def aborted_rows(event: ev.StoreAborted, refusal: bytes) -> Rows:
+    """A commit that was refused, and the message that says why; nothing of which a sum could be made is left."""
+    facts = (("commit", event.raw), ("aborted", event.reason.encode()), ("reveal", refusal))
+    return [*(row for name, value in facts for row in fact_rows(name, value)), *_erase()]
 
 
 def drop_rows(message_ids: Iterable[MessageId]) -> Rows:

@@ -112,9 +112,13 @@ class MaskedRules:
         return max(members // self.split.minimum_cohort, 1) * self._bucket_size + _HEAD_ROOM
 
     def open_reveal(self, head: Head, body: bytes | memoryview) -> tuple[Reveal, Partial | None]:
-        """Sizes and counts are all that can be checked; buckets go on upwards unchanged."""
+        """Sizes and counts are all that can be checked; buckets go on upwards unchanged, and a refusal has neither."""
         raw = open_body(head.header, body)
         reveal = codec.decode(Reveal, raw, limit=len(raw))
+        if reveal.reason is not None:
+            if reveal.count or reveal.words or reveal.buckets:
+                raise RemoteProtocolError(RejectReason.WRONG_SHAPE, "a refusal with a sum")
+            return reveal, None
         if not self.split.bucket:
             if reveal.buckets:
                 raise RemoteProtocolError(RejectReason.WRONG_SHAPE, "buckets in a round without them")

@@ -26,13 +26,15 @@ from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.chunks import split
 from fleetfed.shared.wire.envelope import Digest, MessageId, MessageKind, digest, parse_head
 from fleetfed.shared.wire.masking import Cosign, NonceHash
-from fleetfed.shared.wire.messages import Proposal, Receipt
+from fleetfed.shared.wire.messages import Proposal, Receipt, Reveal
 from fleetfed.shared.wire.topics import Broadcast, Kind, SiteTopics, Verb
 
 _log = logging.getLogger(__name__)
 
 SMALL: Final = 1 << 18
 """Values in a model up to which decoding and adding one update is done on the event loop: a few milliseconds."""
+_DETAIL: Final = 500
+"""Characters of why a commit was refused that go up, however many tiers have added to them."""
 _WINDOW: Final = 16
 """Chunks of one message on their way to the broker."""
 
@@ -294,8 +296,7 @@ class Performer:
                 self._sum = None
                 pipeline.store(rows.answered_rows())
             case ev.StoreAborted():
-                self._sum = None
-                pipeline.store(rows.aborted_rows(instruction))
+                self._abort(instruction)
             case ev.ForgetRound():
                 self._sum, self._cosign = None, b""
                 pipeline.store(rows.forget_rows(instruction))
@@ -410,6 +411,19 @@ class Performer:
                 self._pipeline.store(rows.drop_rows(ids))
 
         self._worker.do(drop, dropped, small=self._small())
+
+    def _abort(self, order: ev.StoreAborted) -> None:
+        rnd = self._machine.round
+        assert rnd is not None
+        assert rnd.record.commit is not None
+        plan, commit = rnd.record.hash, rnd.record.commit.head
+        refusal = Reveal(
+            plan=plan, commit=commit, count=0, words=b"", reason=order.reason, detail=order.detail[:_DETAIL]
+        )
+        message = self._sign(MessageKind.REVEAL, refusal)
+        self._sum = None
+        self._pipeline.store(rows.aborted_rows(order, message.encode()))
+        self.feed(ev.RefusalMade(plan=plan, message_id=message.id))
 
     def _make_reveal(self, commit: Digest, count: int) -> None:
         rnd, total = self._machine.round, self._sum

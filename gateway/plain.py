@@ -149,6 +149,6 @@ def decode_reveal(header: Header, body: bytes | memoryview, ring: Ring) -> tuple
     """
     raw = open_body(header, body)
     reveal = codec.decode(Reveal, raw, limit=len(raw))
-    if reveal.buckets:
-        raise RemoteProtocolError(RejectReason.WRONG_SHAPE, "buckets in a plain round")
+    if reveal.buckets or reveal.reason is not None:
+        raise RemoteProtocolError(RejectReason.WRONG_SHAPE, "buckets, or a refusal, in a plain round")
     return reveal, decode_words(reveal.words, ring, count=reveal.count)

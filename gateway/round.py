@@ -6,9 +6,9 @@ Rules (docs/protocol.md, Gateway 2 to 7):
   the quorum's fraction of the expected devices has answered, or at `close_time`.
 - ``proposed``: the set is fixed; the proposal is sent again until the coordinator's commit.
 - ``committed``: waits for the reveals of the gateways below that have members in the commit.
-- ``revealed``: the reveal is sent again until its receipt.
-- ``closed``: nothing more is owed; repeated messages get their stored answers until the round is over. A commit that
-  the mode's rules forbid to follow ends here as well: no sum leaves this gateway in this round.
+- ``revealed``: the reveal is sent again until its receipt. A commit that the mode's rules forbid to follow, here or at
+  a gateway below, is answered by a reveal that says why and holds no sum: none leaves this gateway in this round.
+- ``closed``: nothing more is owed; repeated messages get their stored answers until the round is over.
 
 Whatever happens twice gets the stored first answer. There is one proposal, one commit and one reveal per round, ever:
 after a crash they are read from the journal (`RoundRecord`), never made anew.
@@ -205,8 +205,7 @@ class RoundMachine(Machine[RoundState]):
         if self.state is RoundState.REVEALED:
             assert record.reveal is not None
         if record.aborted:
-            assert self.state is RoundState.CLOSED
-            assert record.reveal is None
+            assert self.state in (RoundState.REVEALED, RoundState.CLOSED)
         for gateway, child in record.children.items():
             assert child.reveal is None or child.count == len(self.child_part(gateway))
 
@@ -330,6 +329,13 @@ class RoundMachine(Machine[RoundState]):
         if self.state is not RoundState.COMMITTED:
             return self._refuse_gateway(event, RejectReason.LATE, f"the round is {self.state} here")
         part = len(self.child_part(event.gateway))
+        if event.reason is not None and part:
+            # A sum over exactly the committed set is not possible without it.
+            error = RemoteProtocolError(event.reason, f"{event.gateway}: {event.detail}")
+            receipt = ev.SendReceipt(
+                kind=Kind.GATEWAY, member=event.gateway, message_id=event.message_id, head=event.head
+            )
+            return [*self._abort(commit, error), receipt]
         if event.count != part or not part:
             return self._refuse_gateway(event, RejectReason.OUT_OF_RANGE, f"{event.count} of {part} members")
         self.record.children[event.gateway] = Child(
@@ -392,7 +398,7 @@ class RoundMachine(Machine[RoundState]):
             if part:
                 self.rules.check_part(part, proposed=len(self.record.accepted))
         except RemoteProtocolError as error:
-            return self._abort(event, error)
+            return self._abort(event, error, alarm=True)
         self.state = RoundState.COMMITTED
         self._retry_at = None
         left_out = tuple(sorted(self._device_of.keys() - event.members))
@@ -403,16 +409,25 @@ class RoundMachine(Machine[RoundState]):
             *self._reveal_if_whole(),
         ]
 
-    def _abort(self, event: ev.CommitArrived, error: RemoteProtocolError) -> list[Any]:
-        """Follow a commit in nothing: not with a sum, and not with one over another set."""
+    def _abort(self, event: ev.CommitArrived, error: RemoteProtocolError, *, alarm: bool = False) -> list[Any]:
+        """Follow a commit in nothing: not with a sum, and not with one over another set; and say so above."""
         self.record.aborted = str(error.reason)
         self.state = RoundState.CLOSED
         self._retry_at = None
         detail = f"{error.detail}; round {self.record.plan.round} is aborted at this gateway, which reveals nothing"
         return [
-            ev.StoreAborted(raw=event.raw, reason=error.reason),
-            ev.Refused(what="commit", reason=error.reason, detail=detail, alarm=True),
+            ev.StoreAborted(raw=event.raw, reason=error.reason, detail=error.detail),
+            ev.Refused(what="commit", reason=error.reason, detail=detail, alarm=alarm),
         ]
+
+    def _refusal_made(self, event: ev.RefusalMade, now: int) -> list[Any]:
+        commit = self.record.commit
+        if not self.record.aborted or self.record.reveal is not None or commit is None:
+            return []
+        self.record.reveal = Sent(event.message_id, commit.head)
+        self.state = RoundState.REVEALED
+        self._wait = RETRY
+        return self._send(ev.SendReveal(), now)
 
     def _commit_again(self, event: ev.CommitArrived, now: int) -> list[Any]:
         if self.record.commit is not None and event.head == self.record.commit.head:
@@ -525,7 +540,7 @@ class RoundMachine(Machine[RoundState]):
         (_S.PROPOSED, ev.UpdatesJudged): Edge("_judged"),
         (_S.PROPOSED, ev.CommitArrived): Edge("_take_commit", _S.PROPOSED, _S.COMMITTED, _S.CLOSED),
         (_S.PROPOSED, ev.ReceiptArrived): Edge("_take_receipt", _S.PROPOSED, _S.CLOSED),
-        (_S.COMMITTED, ev.ChildRevealed): Edge("_take_reveal"),
+        (_S.COMMITTED, ev.ChildRevealed): Edge("_take_reveal", _S.COMMITTED, _S.CLOSED),
         (_S.COMMITTED, ev.CommitArrived): Edge("_commit_again"),
         (_S.COMMITTED, ev.RevealMade): Edge("_reveal_made", _S.COMMITTED, _S.REVEALED),
         (_S.COMMITTED, ev.ReceiptArrived): Edge("_ignore"),
@@ -533,6 +548,7 @@ class RoundMachine(Machine[RoundState]):
         (_S.REVEALED, ev.ReceiptArrived): Edge("_take_receipt", _S.REVEALED, _S.CLOSED),
         (_S.REVEALED, ev.RevealMade): Edge("_ignore"),
         (_S.CLOSED, ev.CommitArrived): Edge("_commit_again"),
+        (_S.CLOSED, ev.RefusalMade): Edge("_refusal_made", _S.CLOSED, _S.REVEALED),
         (_S.CLOSED, ev.ReceiptArrived): Edge("_ignore"),
         **{(state, ev.UpdateArrived): Edge("_take_update") for state in _PAST},
         **{(state, ev.DeclineArrived): Edge("_take_decline") for state in _PAST},

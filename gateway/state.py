@@ -59,6 +59,7 @@ _ROUND_EVENTS: Final = (
     ev.UpdatesJudged,
     ev.ProposalMade,
     ev.RevealMade,
+    ev.RefusalMade,
 )
 
 

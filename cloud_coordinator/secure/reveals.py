@@ -131,6 +131,23 @@ class Reveals:
         else:
             await self._finish(pending, current, plan)
 
+    def refused(self, event: RevealVerified, reveal: Reveal, current: PlanInForce) -> None:
+        """Take a gateway's word that it follows its commit in nothing; nobody waits for its sum any longer.
+
+        Raises:
+            RemoteProtocolError: it is refused, and nothing has changed.
+        """
+        gateway = event.message.gateway
+        if gateway in self._pending:
+            raise RemoteProtocolError(RejectReason.CONFLICT, "a sum of this round came before")
+        if reveal.reason is None or current.plan.split is None or reveal.count or reveal.words or reveal.buckets:
+            raise RemoteProtocolError(RejectReason.WRONG_SHAPE, "a refusal with a sum, or in a plain round")
+        number, reason, detail = current.plan.round, reveal.reason, reveal.detail
+        _log.error(
+            "round %d: %s: ALARM: it refuses its commit and gives no sum: %s: %s", number, gateway, reason, detail
+        )
+        self._coordinator.revealed_nothing(event, reason)
+
     def _still(self, pending: _Pending) -> None:
         if self._pending.get(pending.event.message.gateway) is not pending:
             raise RemoteProtocolError(RejectReason.LATE, "the round ended meanwhile")

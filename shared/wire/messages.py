@@ -347,7 +347,7 @@ class Commit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reveal:
-    """One partial over exactly the committed members of the subtree.
+    """One partial over exactly the committed members of the subtree; or, in split mode, why there is none, ever.
 
     Attributes:
         commit: head hash of the commit.
@@ -355,6 +355,7 @@ class Reveal:
         words: the sum's uint64 words: packed and compressed in plain mode (`aggregate.accumulator.encode_words`), the
             masked words themselves, little-endian, in split mode; empty where there are buckets.
         buckets: the sums apart, in split mode with buckets.
+        reason, detail: why a gateway follows the commit in nothing; then there is no sum, and the count is 0.
     """
 
     plan: Bytes32
@@ -362,6 +363,8 @@ class Reveal:
     count: Count
     words: Annotated[bytes, Length(0, limits.MAX_PARTIAL)]
     buckets: Annotated[tuple[Bucket, ...], Length(0, limits.MAX_COHORT)] = ()
+    reason: RejectReason | None = None
+    detail: Text = ""
 
 
 # --- Presence and the fleet ------------------------------------------------------------------------------------------

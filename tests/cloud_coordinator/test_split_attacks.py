@@ -336,6 +336,42 @@ async def test_c4_a_reveal_without_a_commit_is_refused(opened: Any) -> None:
     await round_.refused(round_.north, Verb.REVEAL, message, RejectReason.NOT_PROPOSED)
 
 
+async def test_c4_a_gateway_that_refuses_its_commit_is_waited_for_no_longer(opened: Any) -> None:
+    """It says so with a reason that is counted and shown; the others' sums make a version."""
+    round_ = await opened(quorum_minimum=3)
+    await round_.propose(round_.north)
+    await round_.propose(round_.south)
+    nothing = {"count": 0, "words": b"", "reason": RejectReason.BELOW_OWNERS, "detail": "1 of 2 owners"}
+    refusal = round_.reveal(round_.north, **nothing)
+    await round_.world.deliver("north", Verb.REVEAL, refusal)
+    receipt = round_.world.receipts("north")[-1]
+    assert (receipt.reason, receipt.message_id) == (None, refusal.id), "it is right to"
+    await round_.world.restart()
+    await round_.world.deliver("north", Verb.REVEAL, refusal)
+    assert round_.world.receipts("north")[-1] == receipt
+    await round_.refused(round_.north, Verb.REVEAL, round_.reveal(round_.north), RejectReason.CONFLICT)
+    await round_.world.deliver("south", Verb.REVEAL, round_.reveal(round_.south))
+    assert round_.world.store.newest_version().version == 2
+    row = dict(round_.world.coordinator.history[-1])
+    assert (row["contributors"], row["committed"], row["failed_reveals"]) == (4, 14, {"below_owners": 1})
+
+
+@pytest.mark.parametrize("more", [{"count": 10}, {"words": bytes(8)}])
+async def test_c4_a_refusal_that_holds_a_sum_is_refused(opened: Any, more: dict[str, Any]) -> None:
+    round_ = await opened()
+    await round_.propose(round_.north)
+    changes = {"count": 0, "words": b"", "reason": RejectReason.BELOW_OWNERS} | more
+    await round_.refused(round_.north, Verb.REVEAL, round_.reveal(round_.north, **changes), RejectReason.WRONG_SHAPE)
+
+
+async def test_c4_a_refusal_after_a_sum_that_waits_for_the_helper_is_a_conflict(opened: Any) -> None:
+    round_ = await opened(seed_holders=2)
+    await round_.propose(round_.north)
+    await round_.world.deliver("north", Verb.REVEAL, round_.reveal(round_.north))
+    refusal = round_.reveal(round_.north, count=0, words=b"", reason=RejectReason.BELOW_OWNERS)
+    await round_.refused(round_.north, Verb.REVEAL, refusal, RejectReason.CONFLICT)
+
+
 async def test_c4_a_reveal_for_another_commit_is_refused(opened: Any) -> None:
     round_ = await opened()
     await round_.propose(round_.north)

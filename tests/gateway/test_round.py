@@ -467,7 +467,11 @@ class Disk:
                 case ev.StoreAnswered():
                     stored.answered = True
                 case ev.StoreAborted(reason=reason):
-                    stored.commit, stored.aborted, stored.answered = machine.record.commit, str(reason), True
+                    stored.commit, stored.aborted = machine.record.commit, str(reason)
+                    assert stored.commit is not None
+                    stored.reveal = Sent(name_of("refusal"), stored.commit.head)
+                    made = ev.RefusalMade(plan=HASH, message_id=name_of("refusal"))
+                    self.perform(machine, machine.handle(made, T0))
                 case ev.SendStoredReceipt(member=member, message_id=message_id):
                     self.receipts.append((member, message_id))
                     if member.startswith("d"):
@@ -570,6 +574,7 @@ def test_no_order_repetition_or_crash_changes_the_set_or_the_sum(plan: Plan, eve
         assert machine.state is RoundState.REVEALED
     elif plan is MASKED:
         assert machine.record.aborted == RejectReason.BELOW_MINIMUM, "the other commit is of one device"
+        assert machine.state is RoundState.REVEALED, "and the tier above is told so"
         assert disk.reveals == []
 
 

@@ -367,13 +367,19 @@ async def test_g6_a_commit_that_the_coordinator_did_not_sign(bench: Bench) -> No
 
 
 async def aborted(bench: Bench, reason: RejectReason, caplog: pytest.LogCaptureFixture) -> None:
-    """The round is over here: no sum, no key, no body; and somebody is told."""
+    """The round is over here: no sum, no key, no body; and a person is told, and the tier above until it has heard."""
     record = bench.machine.round.record
-    assert (bench.machine.round.state, record.aborted) == (RoundState.CLOSED, str(reason))
+    assert (bench.machine.round.state, record.aborted) == (RoundState.REVEALED, str(reason))
     assert bench.reveals() == []
     assert bench.performer.total is None
     stored = bench.journal.load()
-    assert (stored.secrets, stored.record.state(), stored.record.aborted) == (None, RoundState.CLOSED, str(reason))
+    assert (stored.secrets, stored.record.state(), stored.record.aborted) == (None, RoundState.REVEALED, str(reason))
+    ((head, refusal),) = bench.refusals()
+    assert (refusal.reason, refusal.count, refusal.words, refusal.buckets) == (reason, 0, b"", ())
+    assert (refusal.plan, refusal.commit) == (record.hash, record.commit.head)
+    bench.inbound.receive(bench.upstream.down(Kind.GATEWAY, bench.name, Verb.RECEIPT), bench.fleet.receipt(head))
+    await bench.quiet()
+    assert bench.machine.round.state is RoundState.CLOSED
     assert {body for _, body in bench.journal.updates(u.message_id for u in record.accepted.values())} == {b""}
     assert bench.counters.snapshot() == {str(reason): 1}
     (alarm,) = alarms(caplog)

@@ -153,7 +153,9 @@ async def test_a_commit_that_was_refused_stays_refused_whenever_it_dies(fleet: S
         bench.commit(commit)
         await bench.quiet()
         assert bench.reveals() == []
-        assert bench.machine.round.state is RoundState.CLOSED
+        assert {refusal.reason for _, refusal in bench.refusals()} == {RejectReason.BELOW_MINIMUM}
+        assert len({head.header.message_id for head, _ in bench.refusals()}) == 1, "the same bytes again"
+        assert bench.machine.round.state is RoundState.REVEALED
         assert bench.machine.round.record.aborted == "below_minimum"
         assert bench.journal.load().secrets is None
         await bench.close()

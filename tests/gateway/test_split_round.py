@@ -277,7 +277,7 @@ async def test_two_tiers_come_to_the_sum_of_all(tiers: TwoTiers, bucket: int) ->
 
 
 async def test_the_part_of_a_site_below_is_that_sites_business(tiers: TwoTiers) -> None:
-    """Two of five are fewer than the minimum: the lower gateway reveals nothing, and the upper one cannot judge."""
+    """Two of five are fewer than the minimum: the lower gateway reveals nothing, and the upper one passes that on."""
     await tiers.start(5, minimum_cohort=3)
     await tiers.below.answer()
     await tiers.carry(Verb.PROPOSE)
@@ -287,7 +287,16 @@ async def test_the_part_of_a_site_below_is_that_sites_business(tiers: TwoTiers) 
     await tiers.carry(Verb.REVEAL)
     assert tiers.low.reveals() == tiers.top.reveals() == []
     assert tiers.low.machine.round.record.aborted == "below_minimum"
-    assert tiers.top.machine.round.state is RoundState.COMMITTED
+    topic = tiers.top.site.down(Kind.GATEWAY, "g-low", Verb.RECEIPT)
+    tiers.low.inbound.receive(topic, tiers.top.below.on(topic)[-1])
+    await tiers.low.quiet()
+    assert tiers.low.machine.round.state is RoundState.CLOSED, "the tier above has heard it"
+    assert tiers.low.counters.snapshot() == {"below_minimum": 1}
+    assert tiers.top.machine.round.record.aborted == "below_minimum"
+    assert tiers.top.journal.load().secrets is None
+    ((_, refusal),) = tiers.top.refusals()
+    assert (refusal.reason, refusal.count) == (RejectReason.BELOW_MINIMUM, 0)
+    assert refusal.detail.startswith("g-low: 2 of 3")
 
 
 def lie(reveal: Reveal, index: int = 0, **changes: Any) -> Reveal:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.trust.certificates import Certificate, Role, issue
 from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.keys import SigningKey
@@ -171,6 +172,18 @@ SPLIT_MODE: dict[str, tuple[MessageKind, Role, Any]] = {
                 masking.Bucket(site="north", nonce=b"n" * 16, index=index, count=2 + index, words=bytes(range(8)))
                 for index in (0, 1)
             ),
+        ),
+    ),
+    "reveal_refused": (
+        MessageKind.REVEAL,
+        Role.GATEWAY,
+        m.Reveal(
+            plan=PLAN,
+            commit=b"c" * 32,
+            count=0,
+            words=b"",
+            reason=RejectReason.BELOW_MINIMUM,
+            detail="2 of 3 contributors",
         ),
     ),
 }

@@ -233,7 +233,14 @@ class Bench:
         ]
 
     def reveals(self) -> list[tuple[Head, Reveal]]:
-        """Reveals sent up."""
+        """Reveals of sums sent up."""
+        return [(head, reveal) for head, reveal in self._reveals() if reveal.reason is None]
+
+    def refusals(self) -> list[tuple[Head, Reveal]]:
+        """Refusals sent up: reveals that say why there is no sum."""
+        return [(head, reveal) for head, reveal in self._reveals() if reveal.reason is not None]
+
+    def _reveals(self) -> list[tuple[Head, Reveal]]:
         return [
             (head, codec.decode(Reveal, body, limit=len(body)))
             for head, body in messages(self.above.on(self.upstream.up(Kind.GATEWAY, self.name, Verb.REVEAL)))
