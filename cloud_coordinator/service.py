@@ -23,7 +23,6 @@ from fleetfed.cloud_coordinator.book import NO_HELPER, Revealed, RoundBook
 from fleetfed.cloud_coordinator.config import CoordinatorConfig, RoundSettings
 from fleetfed.cloud_coordinator.control import report
 from fleetfed.cloud_coordinator.fleet import Fleet
-from fleetfed.cloud_coordinator.privacy import accounting
 from fleetfed.cloud_coordinator.proposals import PlanInForce
 from fleetfed.cloud_coordinator.publish import MANIFEST, PLAN, REVOCATIONS, Outgoing, Publisher
 from fleetfed.cloud_coordinator.round import Round
@@ -155,11 +154,6 @@ class Coordinator:
         blobs.collect(store.references())
 
     # --- Life ---------------------------------------------------------------------------------------------------------
-
-    async def prepare(self) -> None:
-        """Import in a thread what takes seconds, if the rounds to come need it; call before `start`."""
-        if any(settings.privacy is not None for settings in (self.machine.run.settings, self.config.rounds)):
-            await asyncio.to_thread(accounting.load)
 
     def start(self) -> None:
         """Go on where the database says; call once, on the event loop."""
