@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 from fleetfed.cloud_coordinator.quarantine import Aside, Quarantine, QuarantineConfig
 from fleetfed.cloud_coordinator.storage.restore import own_message
 from fleetfed.cloud_coordinator.storage.store import Store
 from fleetfed.shared.errors import RemoteProtocolError, StorageError
-from fleetfed.shared.wire import codec
+from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.messages import Proposal
 
 QUARANTINE: Final = "quarantine"
 """Document: outliers and who is set aside."""
+_SPOILT: Final = "it signed an update with a seal that does not open, or with another's seed"
 
 
 class Asides:
@@ -61,6 +63,18 @@ class Asides:
             now=now,
             config=config,
         )
+        if after != before:
+            self._store.put_document(QUARANTINE, after.encode())
+        return tuple(sorted(after.aside.keys() - before.aside.keys()))
+
+    def put_spoilers(
+        self, devices: Iterable[str], number: int, config: QuarantineConfig, *, now: int
+    ) -> tuple[str, ...]:
+        """Set aside whose seals do not open, at once: it is no matter of degree. Returns who is set aside now."""
+        before = after = self.load()
+        for device in sorted(devices if config.strikes else ()):
+            if device not in after.aside and len(after.aside) < limits.MAX_QUARANTINED:
+                after = after.put_aside(device, Aside(reason=_SPOILT, since=now, round=number))
         if after != before:
             self._store.put_document(QUARANTINE, after.encode())
         return tuple(sorted(after.aside.keys() - before.aside.keys()))

@@ -6,8 +6,9 @@ transaction around it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,9 +41,9 @@ from fleetfed.shared.secure.box import SealSecret
 from fleetfed.shared.telemetry import Counters
 from fleetfed.shared.trust.signer import Message
 from fleetfed.shared.trust.verifier import Verifier
-from fleetfed.shared.wire.envelope import Digest, KeyId, MessageKind
+from fleetfed.shared.wire.envelope import Digest, KeyId, MessageKind, parse_head
 from fleetfed.shared.wire.masking import SEALED_BOX, Split
-from fleetfed.shared.wire.messages import Commit, Mode, Outcome, Plan, Receipt, RoundEnd
+from fleetfed.shared.wire.messages import Commit, Mode, Outcome, Plan, Proposal, Receipt, RoundEnd
 
 _log = logging.getLogger(__name__)
 
@@ -64,12 +65,14 @@ class Revealed:
         parts: the sums.
         result: what it came to.
         refusal: whether the gateway itself says that there is no sum, and is right to.
+        bad: members whose seeds the helper cannot use.
     """
 
     stored: bytes
     parts: tuple[Partial, ...]
     result: RevealResult = GOOD
     refusal: bool = False
+    bad: tuple[str, ...] = ()
 
     @classmethod
     def none(cls, reason: RejectReason) -> Revealed:
@@ -77,10 +80,11 @@ class Revealed:
         return cls(stored=b"", parts=(), result=RevealResult(failed=reason.value), refusal=True)
 
     @classmethod
-    def masked(cls, unmasked: Unmasked | None, failed: RejectReason | None) -> Revealed:
+    def masked(cls, unmasked: Unmasked | None, failed: RejectReason | None, bad: tuple[str, ...] = ()) -> Revealed:
         """Of a reveal in split mode; None for one that failed."""
         if unmasked is None:
-            return cls(stored=b"", parts=(), result=RevealResult(failed="" if failed is None else failed.value))
+            result = RevealResult(failed="" if failed is None else failed.value)
+            return cls(stored=b"", parts=(), result=result, bad=bad)
         result = RevealResult(buckets=unmasked.buckets, buckets_lost=unmasked.buckets_lost, lost=unmasked.lost)
         return cls(stored=encode_parts(unmasked.parts), parts=unmasked.parts, result=result)
 
@@ -322,6 +326,9 @@ class RoundBook:
                 excluded=report.tally(reason.value for reason in instruction.excluded.values()),
             )
         )
+        bad = {name for name, reason in instruction.excluded.items() if reason is RejectReason.BAD_BOX}
+        if bad:
+            self._set_aside(self._senders(own_message(proposal, Proposal)[0], bad, now), now)
         counts = (current.plan.round, gateway, len(instruction.members), len(instruction.excluded))
         _log.info("round %d: %s: %d committed, %d left out", *counts)
         return ev.CommitStored(gateway=gateway, commit=signed.head.hash)
@@ -345,6 +352,27 @@ class RoundBook:
             result=revealed.result,
         )
         self._sum.add(message.gateway, revealed.parts)
+        if revealed.bad:
+            exchange = self._store.exchange(self.current.plan.round, message.gateway)
+            assert exchange is not None
+            self._set_aside({member.device for member in exchange.members} & set(revealed.bad), now)
+
+    def _senders(self, proposal: Proposal, heads: Collection[str], now: int) -> set[str]:
+        """Who signed these heads of a proposal, by their hashes in hex."""
+        found = set()
+        for raw in proposal.heads:
+            with contextlib.suppress(RemoteProtocolError):
+                head = parse_head(raw)
+                if head.hash.hex() in heads:
+                    found.add(self._verifier.head(head, kind=MessageKind.UPDATE, now=now).id)
+        return found
+
+    def _set_aside(self, devices: Collection[str], now: int) -> None:
+        """Leave out of later plans who spoilt its own seals: each time it would cost the others of its site a sum."""
+        assert self.current is not None
+        number = self.current.plan.round
+        for device in self.asides.put_spoilers(devices, number, self._settings.quarantine, now=now):
+            _log.warning("round %d: %s is quarantined; see `fleetfed fleet quarantine`", number, device)
 
     # --- The end ------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ class QuarantineConfig:
     """When a device is set aside.
 
     Attributes:
-        strikes: outliers that it takes; 0 never sets a device aside by itself.
+        strikes: outliers that it takes; one spoilt seal is enough; 0 never sets a device aside by itself.
         window: rounds within which they count.
     """
 

@@ -296,9 +296,11 @@ class Coordinator:
         self._proposal = message
         self.handle(event)
 
-    def revealed(self, event: ev.RevealVerified, unmasked: Unmasked | None = None) -> None:
-        """A masked reveal was unmasked; none of it counts where it failed."""
-        self._reveal(event, Revealed.masked(unmasked, event.failed))
+    def revealed(
+        self, event: ev.RevealVerified, unmasked: Unmasked | None = None, *, bad: tuple[str, ...] = ()
+    ) -> None:
+        """A masked reveal was unmasked; none of it counts where it failed, perhaps because of these devices' seeds."""
+        self._reveal(event, Revealed.masked(unmasked, event.failed, bad))
 
     def revealed_nothing(self, event: ev.RevealVerified, reason: RejectReason) -> None:
         """A gateway said that it follows its commit in nothing."""

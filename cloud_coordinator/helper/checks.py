@@ -30,7 +30,7 @@ from fleetfed.shared.secure.split import add_masks, binding_of, body_size, mask_
 from fleetfed.shared.trust.certificates import Certificate, claimed_site
 from fleetfed.shared.trust.verifier import Verifier
 from fleetfed.shared.wire.envelope import Digest, Head, MessageId, MessageKind, parse_head
-from fleetfed.shared.wire.masking import MaskRequest, Split, check_key
+from fleetfed.shared.wire.masking import MAX_NAMED, MaskRequest, Split, check_key
 from fleetfed.shared.wire.messages import Commit, Mode, Plan, Proposal, max_proposal
 from fleetfed.shared.wire.selection import takes
 from fleetfed.shared.wire.update import SPLIT, UpdateExtension
@@ -47,6 +47,19 @@ _LEAF_MAY_ADMIT: Final = frozenset(
     }
 )
 """Faults of a head that its leaf gateway cannot see, or not yet."""
+
+
+class BadSeedsError(RemoteProtocolError):
+    """Seeds that the devices themselves spoilt: nobody else can sign a head with a box that does not open.
+
+    Attributes:
+        devices: whose they are; at most `MAX_NAMED` of them.
+    """
+
+    def __init__(self, reason: RejectReason, devices: Iterable[str]) -> None:
+        found = sorted(devices)
+        self.devices = tuple(found[:MAX_NAMED])
+        super().__init__(reason, f"{len(found)} devices, the first of them {', '.join(found[:3])}")
 
 
 def _refused(reason: RejectReason, detail: str) -> RemoteProtocolError:
@@ -105,7 +118,7 @@ def verify(
         now: unix milliseconds.
 
     Raises:
-        RemoteProtocolError: the first check that fails.
+        RemoteProtocolError: the first check that fails; where it is the last one, `BadSeedsError`.
     """
     plan, plan_hash, own = _plan(request, verifier=verifier, key=key, now=now)
     split = plan.split
@@ -318,12 +331,21 @@ def _groups(
 
 
 def _mask_keys(members: Mapping[MessageId, _Member], secret: SealSecret) -> dict[MessageId, bytes]:
-    seeds: set[bytes] = set()
+    seeds: dict[bytes, str] = {}
     keys: dict[MessageId, bytes] = {}
+    bad: set[str] = set()
+    reused: set[str] = set()
     for name, member in members.items():
-        seed = open_seed(member.head, Reader.HELPER, secret)
+        device = member.certificate.id
+        try:
+            seed = open_seed(member.head, Reader.HELPER, secret)
+        except RemoteProtocolError:
+            bad.add(device)
+            continue
         if seed in seeds:
-            raise _refused(RejectReason.REUSED_SEED, f"{member.certificate.id} has the seed of another update")
-        seeds.add(seed)
+            reused |= {device, seeds[seed]}
+        seeds[seed] = device
         keys[name] = mask_key(seed, binding_of(member.head))
+    if bad or reused:
+        raise BadSeedsError(RejectReason.BAD_BOX if bad else RejectReason.REUSED_SEED, bad or reused)
     return keys

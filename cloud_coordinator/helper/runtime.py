@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 from fleetfed.cloud_coordinator.helper import events as ev
-from fleetfed.cloud_coordinator.helper.checks import Job, verify
+from fleetfed.cloud_coordinator.helper.checks import BadSeedsError, Job, verify
 from fleetfed.cloud_coordinator.helper.config import HelperConfig
 from fleetfed.cloud_coordinator.helper.state import HelperMachine
 from fleetfed.cloud_coordinator.helper.status import Status, write_status
@@ -56,6 +56,8 @@ T = TypeVar("T")
 
 _MIB: Final = 1 << 20
 _HOUR: Final = 3_600_000
+_DETAIL: Final = 500
+"""Characters of why a request is refused that are sent."""
 _GOODBYE: Final = 2.0
 """Seconds that a clean stop may take to say so."""
 
@@ -261,6 +263,8 @@ class Helper:
         self._requests[question] = request
         try:
             await self._feed(ev.Asked(question))
+        except BadSeedsError as error:
+            await self._refuse(question, error.reason, error.detail, bad=error.devices)
         except RemoteProtocolError as error:
             await self._refuse(question, error.reason, error.detail)
         finally:
@@ -347,11 +351,11 @@ class Helper:
             MessageKind.MASK_SUMS, body, raw_size=len(body), compressed=False, now=self.clock(), round=round
         ).encode()
 
-    async def _refuse(self, question: Digest, reason: RejectReason, detail: str) -> None:
+    async def _refuse(self, question: Digest, reason: RejectReason, detail: str, *, bad: tuple[str, ...] = ()) -> None:
         self._count(reason, detail)
         request = self._requests[question]
         try:
-            refusal, round = await self._in_thread(lambda: _refusal(request, reason, detail))
+            refusal, round = await self._in_thread(lambda: _refusal(request, reason, detail, bad))
         except RemoteProtocolError:
             # What it carries does not even parse: there is no name to answer to.
             return
@@ -362,9 +366,17 @@ class Helper:
             await self._publish(self._up(Verb.MASKS), frame)
 
 
-def _refusal(request: MaskRequest, reason: RejectReason, detail: str) -> tuple[MaskSums, int]:
+def _refusal(request: MaskRequest, reason: RejectReason, detail: str, bad: tuple[str, ...]) -> tuple[MaskSums, int]:
     plan, commit = parse_head(request.plan), parse_head(request.commit)
     raw = open_body(commit.header, memoryview(request.commit)[commit.size :])
     gateway = codec.decode(Commit, raw, limit=len(raw)).gateway
-    sums = MaskSums(plan=plan.hash, commit=commit.hash, gateway=gateway, sums=(), reason=reason, detail=detail[:2000])
+    sums = MaskSums(
+        plan=plan.hash,
+        commit=commit.hash,
+        gateway=gateway,
+        sums=(),
+        reason=reason,
+        detail=detail[:_DETAIL],
+        bad=bad,
+    )
     return sums, plan.header.round

@@ -48,7 +48,7 @@ _RETRY_MOST: Final = 60_000
 """Milliseconds until the helper is asked again."""
 _THREAD_FROM: Final = 1 << 20
 """Bytes of masks from which taking them away is worth a thread."""
-_OVERHEAD: Final = 1024
+_OVERHEAD: Final = 4096
 
 
 @dataclass(slots=True, kw_only=True)
@@ -262,10 +262,10 @@ class Reveals:
 
     def _give_up(self, pending: _Pending, helper: str, answer: MaskSums) -> None:
         """The helper gives no masks for this set, and never will: without them its sum is noise."""
-        reason, gateway = answer.reason, answer.gateway
+        reason, gateway, coordinator = answer.reason, answer.gateway, self._coordinator
         del self._pending[gateway]
         _log.error("%s gives no masks for %s, whose sum counts nothing: %s: %s", helper, gateway, reason, answer.detail)
-        self._coordinator.revealed(replace(pending.event, failed=reason))
+        coordinator.revealed(replace(pending.event, failed=reason), bad=answer.bad)
 
     async def _subtract(self, pending: _Pending, answer: MaskSums, current: PlanInForce, plan: Split) -> None:
         if len(answer.sums) != len(pending.sums):

@@ -27,6 +27,9 @@ KEY_SIZES: Final = {SEALED_BOX: 32, HYBRID: 1216}
 MAX_HELPER_KEY: Final = 2048
 """Bytes of a signed `SealKey` message in a plan."""
 
+MAX_NAMED: Final = 32
+"""Devices that a helper names in one refusal; those beyond it are named in a later round."""
+
 
 PublicKey = Annotated[bytes, Length(32, 1216)]
 """Of `KEY_SIZES`; which of them, the plan's suite says (`check_key`)."""
@@ -164,6 +167,7 @@ class MaskSums:
         sums: the sum of the helper's masks, words little-endian: of the whole set, or of each bucket, ordered by site
             and then by index; none with a reason.
         reason, detail: why the helper gives no sums.
+        bad: with `BAD_BOX` or `REUSED_SEED`, devices whose seed does not open, or is another's as well.
     """
 
     plan: Bytes32
@@ -172,3 +176,4 @@ class MaskSums:
     sums: Annotated[tuple[Annotated[bytes, Length(0, limits.MAX_PARTIAL)], ...], Length(0, limits.MAX_COHORT)]
     reason: RejectReason | None = None
     detail: Text = ""
+    bad: Annotated[tuple[Id, ...], Length(0, MAX_NAMED)] = ()

@@ -18,6 +18,7 @@ from fleetfed_testing.cloud import Fleet, ScriptedGateway, Update, World, facts,
 from fleetfed_testing.masked_cloud import MaskedGateway, ScriptedHelper, masked_update
 
 from fleetfed.cloud_coordinator.config import RoundSettings
+from fleetfed.cloud_coordinator.quarantine import QuarantineConfig
 from fleetfed.shared.aggregate.accumulator import Ring
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.secure.box import Reader, seal
@@ -174,6 +175,20 @@ async def test_c2_a_proposal_of_which_too_many_are_left_out_is_not_committed_at_
     bad = [round_.update(device, change=spoilt).message.head.encode() for device in NORTH[:3]]
     commit = await round_.propose(round_.north, bad + round_.heads(*NORTH[3:]))
     assert reasons(commit) == {"bad_box": 3, "too_many_excluded": 7}
+
+
+@pytest.mark.parametrize("strikes", [0, 3])
+async def test_c2_devices_with_junk_seals_stop_their_site_in_one_round_only(opened: Any, strikes: int) -> None:
+    """Three that may not be left out would keep the other seven from ever being added up."""
+    round_ = await opened(quarantine=QuarantineConfig(strikes=strikes))
+    bad = [round_.update(device, change=spoilt).message.head.encode() for device in NORTH[:3]]
+    forged = replace(round_.update("n9", change=spoilt).message.head, signature=bytes(64)).encode()
+    commit = await round_.propose(round_.north, [*bad, forged, *round_.heads(*NORTH[3:])])
+    assert reasons(commit) == {"bad_box": 3, "bad_signature": 1, "too_many_excluded": 7}
+    await round_.world.pass_time(round_.plan.expires - round_.world.clock.now)
+    await round_.world.pass_time(60_000)
+    plan = round_.world.plan()[0]
+    assert (plan.round, plan.eligibility.quarantined) == (2, ("n0", "n1", "n2") if strikes else ())
 
 
 async def test_c2_two_left_out_are_not_too_many(opened: Any) -> None:

@@ -14,7 +14,7 @@ from fleetfed_testing.signed_fleet import SignedFleet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetfed.cloud_coordinator.helper.checks import Job, layout_of, verify
+from fleetfed.cloud_coordinator.helper.checks import BadSeedsError, Job, layout_of, verify
 from fleetfed.cloud_coordinator.helper.events import Key
 from fleetfed.cloud_coordinator.helper.state import SKEW
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
@@ -25,10 +25,10 @@ from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.policy import Policy
 from fleetfed.shared.trust.verifier import Verifier
 from fleetfed.shared.wire.envelope import MessageKind
-from fleetfed.shared.wire.masking import MaskRequest
+from fleetfed.shared.wire.masking import MAX_NAMED, MaskRequest
 from fleetfed.shared.wire.messages import Commit, Mode, Proposal, Revocations
 from fleetfed.shared.wire.projection import Factor, Projection
-from fleetfed.shared.wire.update import UpdateExtension
+from fleetfed.shared.wire.update import BOX_SIZE, UpdateExtension
 
 DEVICES = ("d-1", "d-2", "d-3", "d-4")
 
@@ -355,6 +355,26 @@ def test_a_seed_that_another_update_has(bench: Bench) -> None:
     bench.verify(rnd, rnd.request())
     same("d-4")
     bench.refuses(RejectReason.REUSED_SEED, rnd, rnd.request())
+    assert named(bench, rnd) == ("d-3", "d-4")
+
+
+def named(bench: Bench, rnd: HelperRound) -> tuple[str, ...]:
+    """Whom the helper names when it refuses."""
+    with pytest.raises(BadSeedsError) as raised:
+        bench.verify(rnd, rnd.request())
+    return raised.value.devices
+
+
+def test_all_whose_boxes_do_not_open_are_named_and_nobody_else(bench: Bench) -> None:
+    """One junk box makes the sum of its whole gateway noise; the helper alone can see whose it is."""
+    rnd = bench.round(*DEVICES)
+    for name in ("d-6", "d-5"):
+        rnd.add(name, change=lambda _, body, boxes: (body, (*boxes[:2], bytes(BOX_SIZE))))
+    assert named(bench, rnd) == ("d-5", "d-6")
+    many = [f"d-j{number:03}" for number in range(MAX_NAMED)]
+    for name in many:
+        rnd.add(name, change=lambda _, body, boxes: (body, (*boxes[:2], bytes(BOX_SIZE))))
+    assert named(bench, rnd) == ("d-5", "d-6", *many)[:MAX_NAMED]
 
 
 # --- Sites -----------------------------------------------------------------------------------------------------------

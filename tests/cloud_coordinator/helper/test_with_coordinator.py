@@ -12,16 +12,18 @@ from fleetfed_testing.masked_cloud import MaskedGateway, ScriptedHelper
 
 from fleetfed.cloud_coordinator.config import RoundSettings
 from fleetfed.cloud_coordinator.helper import events as ev
-from fleetfed.cloud_coordinator.helper.checks import verify
+from fleetfed.cloud_coordinator.helper.checks import BadSeedsError, verify
 from fleetfed.cloud_coordinator.helper.events import Key
 from fleetfed.cloud_coordinator.helper.state import HelperMachine
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.signer import Message
 from fleetfed.shared.wire import codec
+from fleetfed.shared.wire.chunks import split
 from fleetfed.shared.wire.envelope import MessageKind, digest
 from fleetfed.shared.wire.masking import MaskRequest, MaskSums
 from fleetfed.shared.wire.messages import Commit, Mode, Revocations
+from fleetfed.shared.wire.topics import Kind, Verb
 
 DEVICES = [f"d{i}" for i in range(12)]
 DAY = 86_400_000
@@ -63,7 +65,8 @@ class CheckingHelper(ScriptedHelper):
             self.machine.handle(ev.AnswerStored(job.claim), now)
             fields["sums"] = job.add_up()
         except RemoteProtocolError as error:
-            fields |= {"sums": (), "reason": error.reason, "detail": error.detail}
+            bad = error.devices if isinstance(error, BadSeedsError) else ()
+            fields |= {"sums": (), "reason": error.reason, "detail": error.detail, "bad": bad}
         self.machine.validate()
         assert world.coordinator.current is not None
         number = world.coordinator.current.plan.round
@@ -138,3 +141,49 @@ async def test_what_the_helper_refuses_counts_nothing_and_the_round_goes_on(worl
     assert world.store.newest_version().version == 2
     row = dict(world.coordinator.history[-1])
     assert (row["contributors"], row["failed_reveals"]) == (7, {"revoked": 1})
+
+
+@pytest.mark.parametrize("bucket", [0, 3])
+async def test_a_junk_seal_for_the_helper_costs_its_gateway_one_sum_and_its_device_all_later_rounds(
+    worlds: Any, bucket: int
+) -> None:
+    """The commit is final, a second sum without the device would be the device: it is left out of the next plan."""
+    world = worlds(bucket=bucket)
+    helper = CheckingHelper(world.fleet)
+    one = MaskedGateway(world.fleet, "one", DEVICES)
+    await helper.join(world)
+    await world.join(one)
+    plan, plan_hash, ring = world.plan()
+    one.train(plan, plan_hash, ring)
+    bad = one.update("d3", plan, plan_hash, ring, change=lambda _, boxes: (*boxes[:2], bytes(len(boxes[2]))))
+    heads = [each.message.head for each in one.updates.values() if each.device != "d3" or each is bad]
+    await world.deliver("one", Verb.PROPOSE, one.propose(plan, plan_hash, [head.encode() for head in heads]))
+    commit, commit_hash, _ = world.commits("one")[-1]
+    assert bad.message.id in commit.members, "the coordinator cannot see it"
+    await world.deliver("one", Verb.REVEAL, one.reveal(plan, ring, commit, commit_hash))
+    await helper.answer_all(world)
+    assert world.receipts("one")[-1].reason is RejectReason.BAD_BOX
+    assert world.coordinator.history[-1]["failed_reveals"] == {"bad_box": 1}
+    await world.pass_time(60_000)
+    plan, plan_hash, ring = world.plan()
+    assert (plan.round, plan.eligibility.quarantined) == (2, ("d3",))
+    one.devices.remove("d3")
+    await world.run_round(one)
+    await helper.answer_all(world)
+    assert world.receipts("one")[-1].reason is None
+    assert world.store.newest_version().version == 2
+
+
+async def test_a_helper_can_have_nobody_set_aside_who_is_not_in_the_set(worlds: Any) -> None:
+    world = worlds()
+    helper = ScriptedHelper(world.fleet)
+    one = MaskedGateway(world.fleet, "one", DEVICES[:5])
+    two = MaskedGateway(world.fleet, "two", DEVICES[5:])
+    await helper.join(world)
+    await world.join(one, two)
+    await world.run_round(one)
+    ((request, _),) = helper.asked(world)
+    lie = helper.answer(world, request, sums=(), reason=RejectReason.BAD_BOX, bad=("d0", "d9", "d-else"))
+    for frame in split(lie.id, lie.encode()):
+        await world.inbox.message(world.topics.up(Kind.HELPER, helper.name, Verb.MASKS), frame)
+    assert world.coordinator.book.asides.devices() == ("d0",)
