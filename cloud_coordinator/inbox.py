@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
+from fleetfed.cloud_coordinator.book import Revealed
 from fleetfed.cloud_coordinator.events import Named, ProposalVerified, RevealVerified
 from fleetfed.cloud_coordinator.proposals import THREAD_FROM, PlanInForce, verify_proposal
 from fleetfed.cloud_coordinator.service import Coordinator
@@ -254,7 +255,7 @@ class Inbox:
             partial = decode_words(reveal.words, current.ring, count=reveal.count)
         else:
             partial = await asyncio.to_thread(decode_words, reveal.words, current.ring, count=reveal.count)
-        coordinator.revealed_plain(event, reveal.words, partial)
+        coordinator.revealed(event, Revealed(stored=reveal.words, parts=(partial,)))
 
     async def _masks(self, helper: str, head: Head, body: memoryview) -> None:
         current = self._open(head)

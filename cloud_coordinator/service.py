@@ -28,7 +28,6 @@ from fleetfed.cloud_coordinator.publish import MANIFEST, PLAN, REVOCATIONS, Outg
 from fleetfed.cloud_coordinator.round import Round
 from fleetfed.cloud_coordinator.secure.helper import Helpers
 from fleetfed.cloud_coordinator.secure.reveals import Reveals
-from fleetfed.cloud_coordinator.secure.unmask import Unmasked
 from fleetfed.cloud_coordinator.state import CoordinatorMachine, State
 from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
 from fleetfed.cloud_coordinator.storage.records import ExchangeRecord, RoundRecord, VersionRecord
@@ -45,7 +44,6 @@ from fleetfed.cloud_coordinator.training.versions import (
     version_of_round,
 )
 from fleetfed.cloud_coordinator.trust import TrustDesk
-from fleetfed.shared.aggregate.accumulator import Partial
 from fleetfed.shared.aggregate.meta import MetaSum
 from fleetfed.shared.errors import RejectReason, StorageError
 from fleetfed.shared.machine import TimerFired
@@ -296,21 +294,8 @@ class Coordinator:
         self._proposal = message
         self.handle(event)
 
-    def revealed(
-        self, event: ev.RevealVerified, unmasked: Unmasked | None = None, *, bad: tuple[str, ...] = ()
-    ) -> None:
-        """A masked reveal was unmasked; none of it counts where it failed, perhaps because of these devices' seeds."""
-        self._reveal(event, Revealed.masked(unmasked, event.failed, bad))
-
-    def revealed_nothing(self, event: ev.RevealVerified, reason: RejectReason) -> None:
-        """A gateway said that it follows its commit in nothing."""
-        self._reveal(event, Revealed.none(reason))
-
-    def revealed_plain(self, event: ev.RevealVerified, words: bytes, partial: Partial) -> None:
-        """A verified partial came in."""
-        self._reveal(event, Revealed(stored=words, parts=(partial,)))
-
-    def _reveal(self, event: ev.RevealVerified, revealed: Revealed) -> None:
+    def revealed(self, event: ev.RevealVerified, revealed: Revealed) -> None:
+        """A verified reveal came in, and what it brought; nothing where it failed."""
         self._revealed = revealed
         self.handle(event)
         self._revealed = None

@@ -135,7 +135,7 @@ class Performer:
             return
         self._sum = rnd.rules.summation(stored.secrets, site=self._site.site)
         try:
-            self._sum.rebuild(self._journal.updates(rnd.own_part()), self._journal.reveals())
+            self._sum.rebuild(self._journal.updates(rnd.record.own_part()), self._journal.reveals())
         except RemoteProtocolError as error:
             raise StorageError(f"the journal holds an update that does not decode: {error}") from error
 
@@ -340,7 +340,7 @@ class Performer:
         rnd, total = self._machine.round, self._sum
         if rnd is None or total is None:
             return
-        plan, own = rnd.record.hash, rnd.own_part()
+        plan, own = rnd.record.hash, rnd.record.own_part()
 
         def judge() -> dict[MessageId, float]:
             try:
@@ -429,7 +429,7 @@ class Performer:
         rnd, total = self._machine.round, self._sum
         if rnd is None or total is None or rnd.record.commit is None or rnd.record.commit.head != commit:
             return
-        plan, number, final, own = rnd.record.hash, rnd.record.plan.round, rnd.record.commit, rnd.own_owners()
+        plan, number, final, own = rnd.record.hash, rnd.record.plan.round, rnd.record.commit, rnd.record.own_owners()
         small = rnd.rules.reveal_work(len(own)) <= SMALL
 
         def make() -> tuple[bytes, Digest]:

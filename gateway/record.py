@@ -136,6 +136,21 @@ class RoundRecord:
             refused.update(child.rejected)
         return bounded(declined), bounded(refused)
 
+    def own_part(self) -> tuple[MessageId, ...]:
+        """Message ids of the own updates that belong in the sum: the committed ones, or all as long as none are."""
+        return tuple(self.own_owners())
+
+    def own_owners(self) -> dict[MessageId, str]:
+        """The owner of each of these, in order."""
+        commit = self.commit
+        own = ((update.message_id, update.owner) for update in self.accepted.values())
+        return dict(sorted((i, owner) for i, owner in own if commit is None or i in commit.members))
+
+    def child_part(self, gateway: str) -> frozenset[MessageId]:
+        """Committed members that a gateway below proposed."""
+        commit, child = self.commit, self.children.get(gateway)
+        return child.members & commit.members if commit and child else frozenset()
+
     def state(self) -> RoundState:
         """The state that the durable facts amount to."""
         if self.answered:

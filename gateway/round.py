@@ -108,22 +108,6 @@ class RoundMachine(Machine[RoundState]):
         """Updates held here and proposed from below."""
         return len(self.record.accepted) + sum(len(child.members) for child in self.record.children.values())
 
-    def own_part(self) -> tuple[MessageId, ...]:
-        """Message ids of the own updates that belong in the sum: the committed ones, or all as long as none are."""
-        commit = self.record.commit
-        ids = (update.message_id for update in self.record.accepted.values())
-        return tuple(sorted(i for i in ids if commit is None or i in commit.members))
-
-    def own_owners(self) -> dict[MessageId, str]:
-        """The owner of each of the own updates that belong in the sum, in their order."""
-        owners = {update.message_id: update.owner for update in self.record.accepted.values()}
-        return {message_id: owners[message_id] for message_id in self.own_part()}
-
-    def child_part(self, gateway: str) -> frozenset[MessageId]:
-        """Committed members that a gateway below proposed."""
-        commit, child = self.record.commit, self.record.children.get(gateway)
-        return child.members & commit.members if commit and child else frozenset()
-
     def admit(self, head: Head, extension: UpdateExtension, device: str, *, now: int) -> bool:
         """Whether the update whose verified head this is may come in; changes nothing.
 
@@ -207,7 +191,7 @@ class RoundMachine(Machine[RoundState]):
         if record.aborted:
             assert self.state in (RoundState.REVEALED, RoundState.CLOSED)
         for gateway, child in record.children.items():
-            assert child.reveal is None or child.count == len(self.child_part(gateway))
+            assert child.reveal is None or child.count == len(self.record.child_part(gateway))
 
     # --- Devices -------------------------------------------------------------------------------------------------
 
@@ -328,7 +312,7 @@ class RoundMachine(Machine[RoundState]):
             return self._refuse_gateway(event, RejectReason.CONFLICT, "another reveal counts")
         if self.state is not RoundState.COMMITTED:
             return self._refuse_gateway(event, RejectReason.LATE, f"the round is {self.state} here")
-        part = len(self.child_part(event.gateway))
+        part = len(self.record.child_part(event.gateway))
         if event.reason is not None and part:
             # A sum over exactly the committed set is not possible without it.
             error = RemoteProtocolError(event.reason, f"{event.gateway}: {event.detail}")
@@ -445,8 +429,8 @@ class RoundMachine(Machine[RoundState]):
         """Make the reveal once every part of the committed set is here."""
         commit = self.record.commit
         assert commit is not None
-        parts = {name: len(self.child_part(name)) for name in self.record.children}
-        count = len(self.own_part()) + sum(parts.values())
+        parts = {name: len(self.record.child_part(name)) for name in self.record.children}
+        count = len(self.record.own_part()) + sum(parts.values())
         if not count:
             self.state = RoundState.CLOSED
             return [ev.StoreAnswered()]

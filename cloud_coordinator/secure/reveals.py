@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from fleetfed.cloud_coordinator.book import Revealed
 from fleetfed.cloud_coordinator.events import Named, RevealVerified
 from fleetfed.cloud_coordinator.proposals import PlanInForce
 from fleetfed.cloud_coordinator.secure.unmask import (
@@ -146,7 +147,7 @@ class Reveals:
         _log.error(
             "round %d: %s: ALARM: it refuses its commit and gives no sum: %s: %s", number, gateway, reason, detail
         )
-        self._coordinator.revealed_nothing(event, reason)
+        self._coordinator.revealed(event, Revealed.none(reason))
 
     def _still(self, pending: _Pending) -> None:
         if self._pending.get(pending.event.message.gateway) is not pending:
@@ -163,14 +164,14 @@ class Reveals:
             del self._pending[gateway]
             # Who made it wrong, a device or a gateway or the helper, cannot be told from a sum.
             _log.error("round %d: %s: ALARM: its sum is impossible and counts nothing: %s", number, gateway, error)
-            coordinator.revealed(replace(event, failed=error.reason))
+            coordinator.revealed(replace(event, failed=error.reason), Revealed.masked(None, error.reason))
             return
         self._still(pending)
         del self._pending[gateway]
         if unmasked.buckets_lost:
             lost = (number, gateway, unmasked.buckets_lost, unmasked.buckets, len(unmasked.lost))
             _log.error("round %d: %s: ALARM: %d of %d buckets are impossible and dropped with %d devices", *lost)
-        coordinator.revealed(replace(event, lost=len(unmasked.lost)), unmasked)
+        coordinator.revealed(replace(event, lost=len(unmasked.lost)), Revealed.masked(unmasked, None))
 
     # --- The helper ---------------------------------------------------------------------------------------------------
 
@@ -265,7 +266,7 @@ class Reveals:
         reason, gateway, coordinator = answer.reason, answer.gateway, self._coordinator
         del self._pending[gateway]
         _log.error("%s gives no masks for %s, whose sum counts nothing: %s: %s", helper, gateway, reason, answer.detail)
-        coordinator.revealed(replace(pending.event, failed=reason), bad=answer.bad)
+        coordinator.revealed(replace(pending.event, failed=reason), Revealed.masked(None, reason, answer.bad))
 
     async def _subtract(self, pending: _Pending, answer: MaskSums, current: PlanInForce, plan: Split) -> None:
         if len(answer.sums) != len(pending.sums):

@@ -255,7 +255,7 @@ def test_updates_of_devices_revoked_meanwhile_are_not_proposed(make: Make) -> No
     assert kinds(instructions) == ["StoreUpdate", "SendStoredReceipt", "DropUpdates", "MakeProposal"]
     assert instructions[2] == ev.DropUpdates(message_ids=(name_of("a/0"),), forget=True)
     assert instructions[3].rejected == {"revoked": 1}
-    assert machine.own_part() == tuple(sorted([name_of("b/0"), name_of("c/0")]))
+    assert machine.record.own_part() == tuple(sorted([name_of("b/0"), name_of("c/0")]))
 
 
 # --- Repetitions -----------------------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_a_second_commit_is_a_conflict_and_the_first_counts(make: Make) -> None:
     machine = proposed(make("a", "b"), "a", "b")
     machine.handle(commit("a"), T0)
     assert machine.handle(commit("b", version=1), T0)[0].reason is RejectReason.CONFLICT
-    assert machine.own_part() == (name_of("a/0"),)
+    assert machine.record.own_part() == (name_of("a/0"),)
 
 
 def test_a_commit_of_what_was_never_proposed_changes_nothing(make: Make) -> None:
@@ -492,7 +492,7 @@ class Disk:
         )
         place = Place(gateway="g", direct=True, settled=0)
         machine = RoundMachine(record, FLEET.ring, place, devices=DEVICES, gateways=("g-1",), now=T0)
-        self.total = [message_id.hex() for message_id in machine.own_part()]
+        self.total = [message_id.hex() for message_id in machine.record.own_part()]
         self.total += [name for name, said in record.children.items() if said.reveal is not None]
         self.perform(machine, machine.resume(T0))
         self.perform(machine, machine.handle(ev.UpstreamConnected(), T0))
