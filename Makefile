@@ -3,6 +3,8 @@ PYTHON ?= python3
 PYTHON311 ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# One test at a time to whoever is free.
+PARALLEL := -n auto --maxschedchunk 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help
@@ -28,11 +30,11 @@ dev: $(VENV)/.dev ## Set up .venv for work on the code
 
 .PHONY: test
 test: $(VENV)/.dev ## Run the default tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 .PHONY: test-all
 test-all: $(VENV)/.dev ## Run the default and the slow tests
-	$(BIN)/python -m pytest -m "not tensorflow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not tensorflow"
 
 .venv-tf/.ready: pyproject.toml hatch_build.py
 	$(PYTHON) -m venv .venv-tf

@@ -7,6 +7,8 @@ import ssl
 from collections import deque
 from typing import Any, ClassVar, TypeVar
 
+from fleetfed_testing.waiting import PATIENCE
+
 from fleetfed.broker.codec import decode, encode
 from fleetfed.broker.packets import (
     ConnAck,
@@ -30,7 +32,6 @@ from fleetfed.broker.packets import (
 from fleetfed.broker.properties import Properties
 
 T = TypeVar("T")
-PATIENCE = 10.0
 
 
 class RawClient:

@@ -14,6 +14,7 @@ from pathlib import Path
 import aiomqtt
 import paho.mqtt.client as paho
 import pytest
+from fleetfed_testing.waiting import PATIENCE
 
 from fleetfed.broker.config import BrokerConfig, Limits
 from fleetfed.broker.embedded import EmbeddedBroker
@@ -36,7 +37,7 @@ async def broker(authority: Authority) -> AsyncIterator[EmbeddedBroker]:
 async def refused(port: int, context: ssl.SSLContext | None) -> bool:
     """Whether a CONNECT over this TLS gets no CONNACK."""
     try:
-        client = await asyncio.wait_for(RawClient.connect(port, "x", tls=context), 5)
+        client = await asyncio.wait_for(RawClient.connect(port, "x", tls=context), PATIENCE)
     except (ssl.SSLError, ConnectionError, asyncio.IncompleteReadError):
         return True
     await client.disconnect()

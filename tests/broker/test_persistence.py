@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fleetfed_testing.waiting import PATIENCE
 
 from fleetfed.broker.codec import encode
 from fleetfed.broker.config import BrokerConfig, Limits
@@ -159,7 +160,7 @@ class EmbeddedProcess:
             sys.executable, "-m", "fleetfed.broker", "run", "--config", str(self.path), stdout=subprocess.PIPE
         )
         assert self.process.stdout is not None
-        line = (await asyncio.wait_for(self.process.stdout.readline(), 20)).decode()
+        line = (await asyncio.wait_for(self.process.stdout.readline(), PATIENCE)).decode()
         assert line.startswith("listening on 127.0.0.1:"), line
         self.port = int(line.rpartition(":")[2])
 
@@ -261,7 +262,7 @@ async def test_what_cannot_be_written_is_not_acknowledged_and_ends_the_broker(tm
     assert broker._store is not None
     broker._store._db.execute("PRAGMA query_only=1")  # as a full disk would
     await client.send(Publish(topic="t", payload=b"x", qos=1, packet_id=7))
-    await asyncio.wait_for(broker.failed.wait(), 5)
+    await asyncio.wait_for(broker.failed.wait(), PATIENCE)
     await client.closed()
     assert not [item for item in client.inbox if isinstance(item, PubAck)]
     assert isinstance(broker.failure, StorageError)

@@ -6,6 +6,7 @@ import asyncio
 import ssl
 
 import pytest
+from fleetfed_testing.waiting import PATIENCE
 
 from fleetfed.broker import transports
 from fleetfed.broker.codec import encode
@@ -25,7 +26,7 @@ async def start(authority: Authority, **limits: int) -> EmbeddedBroker:
 
 async def ended(reader: asyncio.StreamReader) -> bool:
     try:
-        return await asyncio.wait_for(reader.read(), 5) is not None
+        return await asyncio.wait_for(reader.read(), PATIENCE) is not None
     except ConnectionError:
         return True
 
@@ -94,7 +95,7 @@ async def test_records_may_come_a_byte_at_a_time(authority: Authority) -> None:
                 result = action(*arguments)  # type: ignore[operator]
             except ssl.SSLWantReadError:
                 await dribble()
-                incoming.write(await asyncio.wait_for(reader.read(65_536), 5))
+                incoming.write(await asyncio.wait_for(reader.read(65_536), PATIENCE))
                 continue
             await dribble()
             return result

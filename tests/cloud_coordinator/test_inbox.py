@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,7 +143,7 @@ async def test_an_update_for_something_else_is_left_out(round_: Open, changes: d
     assert reasons(await round_.propose(round_.north, [head])) == [reason]
 
 
-@pytest.mark.parametrize("head", [b"x", b"FFM1" + bytes(300), os.urandom(500)])
+@pytest.mark.parametrize("head", [b"x", b"FFM1" + bytes(300), random.Random(1).randbytes(500)])
 async def test_a_head_that_is_none_is_left_out(round_: Open, head: bytes) -> None:
     commit = await round_.propose(round_.north, [head])
     assert reasons(commit) in (["truncated"], ["malformed"], ["unknown_version"])
@@ -317,7 +318,7 @@ async def test_a_repeated_message_of_a_finished_round_gets_its_first_answer(roun
     await round_.refused(round_.north, Verb.PROPOSE, late, RejectReason.LATE)
 
 
-@pytest.mark.parametrize("payload", [b"", b"x", os.urandom(40), b"FFC1" + bytes(60)])
+@pytest.mark.parametrize("payload", [b"", b"x", random.Random(1).randbytes(40), b"FFC1" + bytes(60)])
 @pytest.mark.parametrize("verb", [Verb.PROPOSE, Verb.REVEAL, Verb.CENSUS, Verb.STATE, Verb.NEED])
 async def test_noise_changes_nothing(round_: Open, verb: Verb, payload: bytes) -> None:
     if verb is Verb.STATE and not payload:

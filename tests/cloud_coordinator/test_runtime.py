@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fleetfed_testing.cloud import Fleet, ScriptedGateway, SiteTopics, small_model, write_model
 from fleetfed_testing.lone_gateway import FLEET
-from fleetfed_testing.waiting import eventually
+from fleetfed_testing.waiting import PATIENCE, eventually
 
 from fleetfed.cloud_coordinator.config import CoordinatorConfig, ModelConfig, RoundSettings
 from fleetfed.cloud_coordinator.keys.pki import Role as TlsRole
@@ -224,7 +224,7 @@ async def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
 async def test_a_stop_at_any_moment_of_the_start_ends_it(tmp_path: Path, embedded_broker: Callable[..., Any]) -> None:
     config = config_of(tmp_path, embedded_broker(tls=False), Fleet())
     for moment in range(25):
-        async with asyncio.timeout(10), running(config):
+        async with asyncio.timeout(PATIENCE), running(config):
             await asyncio.sleep(0.0015 * moment)
 
 

@@ -22,6 +22,7 @@ import pytest
 from fleetfed_testing.fragile_disk import FragileDisk, PowerCutError
 from fleetfed_testing.lone_gateway import Authority, manifest_of, plan_for, signer_of
 from fleetfed_testing.split_site import SplitSite
+from fleetfed_testing.waiting import PATIENCE
 
 from fleetfed.cloud_coordinator import zoo
 from fleetfed.device import runtime as device_runtime
@@ -200,7 +201,7 @@ class Life:
         self.world.session = None
         if self.runtime is not None:
             self.runtime._worker.cancel()
-            self.runtime._worker.join(5)
+            self.runtime._worker.join(PATIENCE)
             self._store.close()
             self.runtime = None
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from fleetfed_testing.brokers import RunningBroker
 from fleetfed_testing.lone_gateway import Authority, LoneGateway, manifest_of, plan_for, signer_of, write_settings
+from fleetfed_testing.waiting import PATIENCE
 
 from fleetfed.cloud_coordinator import zoo
 from fleetfed.cloud_coordinator.keys.pki import Role as TlsRole
@@ -114,7 +115,7 @@ class Site:
 
         def stop() -> None:
             runtime.request_stop()
-            thread.join(15)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
             assert not failures, failures
 
@@ -165,7 +166,7 @@ def end(process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGKILL) 
     if process.stderr is None or process.stderr.closed:
         return ""
     process.send_signal(how)
-    return process.communicate(timeout=15)[1].decode()
+    return process.communicate(timeout=PATIENCE)[1].decode()
 
 
 @pytest.fixture
@@ -474,7 +475,7 @@ def test_what_cannot_train_declines(site: Site) -> None:
 def test_chunks_that_the_broker_lost_are_asked_for(site: Site) -> None:
     site.thread()
     site.gateway.publish_model(site.manifest, site.blobs, missing=frozenset({0}))
-    site.gateway.wait(lambda: site.gateway.needs, timeout=40)
+    site.gateway.wait(lambda: site.gateway.needs)
     assert site.gateway.needs[0].missing == (0,)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fleetfed_testing.waiting import PATIENCE
 
 from fleetfed.cloud_coordinator import zoo
 from fleetfed.device import memory, update, worker
@@ -263,7 +264,7 @@ def outcome(result: Any, **changes: Any) -> Finished:
     done: list[Finished] = []
     running = Worker(Fixed(result), done.append)
     running.start(job(**changes))
-    running.join(10)
+    running.join(PATIENCE)
     (finished,) = done
     return finished
 
@@ -291,7 +292,7 @@ def test_a_cancelled_job_says_nothing() -> None:
     running = Worker(Fixed(trained()), done.append)
     running.start(job())
     running.start(job(plan=plan(round=2), plan_hash=Digest(b"2" * 32)))
-    running.join(10)
+    running.join(PATIENCE)
     assert done[-1].plan_hash == b"2" * 32
     assert len(done) <= 2
 
@@ -303,7 +304,7 @@ def test_a_trainer_that_never_returns_holds_up_one_thread_and_then_the_latest_ro
     class Stuck(Fixed):
         def train(self, task: Task) -> Trained:
             begun.append(task)
-            release.wait(30)
+            release.wait(PATIENCE)
             return super().train(task)
 
     running, threads = Worker(Stuck(trained()), done.append), threading.active_count()
@@ -311,7 +312,7 @@ def test_a_trainer_that_never_returns_holds_up_one_thread_and_then_the_latest_ro
         running.start(job(plan=plan(round=number), plan_hash=Digest(bytes([number]) * 32)))
     assert threading.active_count() == threads + 1
     release.set()
-    running.join(10)
+    running.join(PATIENCE)
     assert [finished.plan_hash for finished in done] == [b"\x07" * 32]
     assert len(begun) <= 2
 

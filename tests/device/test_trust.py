@@ -15,6 +15,7 @@ import pytest
 from fleetfed_testing.brokers import RunningBroker
 from fleetfed_testing.lone_gateway import Authority, LoneGateway, manifest_of, plan_for, signer_of, write_settings
 from fleetfed_testing.trust_repository import DAY, Owners
+from fleetfed_testing.waiting import PATIENCE
 
 from fleetfed.cloud_coordinator import zoo
 from fleetfed.cloud_coordinator.keys.pki import Role as TlsRole
@@ -133,7 +134,7 @@ class Site:
 
         def stop() -> None:
             runtime.request_stop()
-            thread.join(15)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
 
         self._stop = stop

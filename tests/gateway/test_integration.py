@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fleetfed_testing.signed_fleet import SignedFleet
-from fleetfed_testing.waiting import eventually
+from fleetfed_testing.waiting import PATIENCE, eventually
 
 from fleetfed.gateway.config import GatewayConfig, LimitsConfig, UpstreamConfig
 from fleetfed.gateway.runtime import Gateway
@@ -342,7 +342,7 @@ async def test_a_restart_in_mid_round_clears_orphans_and_finishes_the_round(site
         await asyncio.sleep(0.05)
         return not watcher.heard[north.blob(orphan, 0)]
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while not await cleared():
             pass
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fleetfed_testing.signed_fleet import SignedFleet
-from fleetfed_testing.waiting import eventually
+from fleetfed_testing.waiting import PATIENCE, eventually
 
 from fleetfed.shared.aggregate.accumulator import decode_words
 from fleetfed.shared.clock import unix_ms
@@ -47,7 +47,7 @@ class Everybody:
             await self.session.publish(topic, frame)
 
     async def hears(self, topic: str, count: int = 1) -> list[bytes]:
-        await eventually(lambda: len(self.heard.get(topic, [])) >= count, seconds=20)
+        await eventually(lambda: len(self.heard.get(topic, [])) >= count)
         return self.heard[topic]
 
 
@@ -140,7 +140,7 @@ async def test_killed_in_mid_round_twice_it_ends_the_round_with_everything_it_pr
         total = decode_words(reveal.words, fleet.ring, count=3)
         assert np.array_equal(total.values(), sum(fleet.values(number) for number in range(3)))
         third.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(third.wait(), 10) == 0
+        assert await asyncio.wait_for(third.wait(), PATIENCE) == 0
 
     status = json.loads((config.parent / "state/status.json").read_text())
     assert status["role"] == "gateway"

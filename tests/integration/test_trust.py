@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from fleetfed_testing.local_fleet import PATIENCE, LocalFleet, running
+from fleetfed_testing.local_fleet import LocalFleet, running
+from fleetfed_testing.waiting import PATIENCE
 
 from fleetfed.cloud_coordinator.control.errors import RefusedError
 from fleetfed.cloud_coordinator.keys.owners import Owners

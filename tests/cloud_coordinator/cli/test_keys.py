@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import pytest
 
 from fleetfed.broker.config import load_config
 from fleetfed.cloud_coordinator.cli.app import run
+from fleetfed.cloud_coordinator.control import delivery
+from fleetfed.cloud_coordinator.control.client import ControlClient
+from fleetfed.cloud_coordinator.keys.keyring import Keyring
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
 
@@ -95,14 +99,21 @@ def test_revoking_without_a_coordinator_says_how_the_list_is_delivered(
 
 
 def test_revoking_keeps_the_list_when_nobody_listens(
-    keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(delivery, "ControlClient", functools.partial(ControlClient, timeout=0.1))
     run(["keys", "issue", "d-1", "--role", "device", "--site", "north", "--dir", str(keys)])
     config = tmp_path / "operator.toml"
     config.write_text(f'identity = "{keys}/identities/operator"\n[broker]\nhost = "127.0.0.1"\nport = 1\ntls = true\n')
     capsys.readouterr()
     code, answer = call(capsys, "keys", "revoke", "nobody", "--dir", keys, "--config", config)
     assert (code, answer["error"]) == (2, "config")
+    assert not (keys / "revocations.bin").exists()
+    code, answer = call(capsys, "keys", "revoke", "d-1", "--dir", keys, "--config", config)
+    assert (code, answer["delivered"]) == (0, False)
+    assert "fleetfed keys revoke --config operator.toml" in answer["detail"]
+    assert [row["id"] for row in answer["revoked"]] == ["d-1"]
+    assert (keys / "revocations.bin").read_bytes() == Keyring.load(keys).revocations()
 
 
 def test_people_get_tables(keys: Path, capsys: pytest.CaptureFixture[str]) -> None:

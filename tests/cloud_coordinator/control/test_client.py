@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fleetfed_testing.brokers import free_port
+from fleetfed_testing.waiting import PATIENCE, eventually
 
 from fleetfed.broker.config import BrokerConfig
 from fleetfed.broker.embedded import EmbeddedBroker
@@ -190,23 +191,25 @@ async def test_answers_that_are_forged_or_broken_are_counted_and_change_nothing(
 async def test_silence_of_a_coordinator_that_is_there(operator: OperatorConfig, coordinator: Scripted) -> None:
     await coordinator.say(Broadcast.NODE, codec.encode(Presence(life=Life.READY, session=1)))
     coordinator.script = lambda *_: []
-    async with ControlClient(operator, timeout=0.3) as client:
+    async with ControlClient(operator, timeout=PATIENCE) as client:
+        await eventually(lambda: client.coordinator)
         with pytest.raises(NoAnswerError, match="although it is connected"):
-            await client.request(Command.ROUND_STATUS)
+            await client.request(Command.ROUND_STATUS, timeout=0.3)
 
 
 async def test_silence_of_a_coordinator_that_was_never_there(operator: OperatorConfig) -> None:
-    async with ControlClient(operator, timeout=0.3) as client:
+    async with ControlClient(operator, timeout=PATIENCE) as client:
         with pytest.raises(NoAnswerError, match="never connected"):
-            await client.request(Command.ROUND_STATUS)
+            await client.request(Command.ROUND_STATUS, timeout=0.3)
 
 
 async def test_silence_of_a_coordinator_that_was_lost(operator: OperatorConfig, coordinator: Scripted) -> None:
     await coordinator.say(Broadcast.NODE, codec.encode(Presence(life=Life.LOST, session=1)))
     coordinator.script = lambda *_: []
-    async with ControlClient(operator, timeout=0.3) as client:
+    async with ControlClient(operator, timeout=PATIENCE) as client:
+        await eventually(lambda: client.coordinator)
         with pytest.raises(NoAnswerError, match="is lost; start it"):
-            await client.request(Command.ROUND_STATUS)
+            await client.request(Command.ROUND_STATUS, timeout=0.3)
 
 
 async def test_no_broker(operator: OperatorConfig, broker: EmbeddedBroker) -> None:
@@ -229,7 +232,7 @@ async def test_the_same_bytes_go_out_again_after_a_lost_connection(
     operator: OperatorConfig, coordinator: Scripted, broker: EmbeddedBroker
 ) -> None:
     coordinator.script = lambda *_: []
-    async with ControlClient(operator, timeout=10) as client:
+    async with ControlClient(operator, timeout=PATIENCE) as client:
         asked = asyncio.create_task(client.request(Command.ROUND_STATUS))
         await coordinator.asked.wait()
         coordinator.script = lambda _, message: [coordinator.answer(message, result={"late": True})]

@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from fleetfed_testing.waiting import PATIENCE
 
 from fleetfed.cloud_coordinator.control.errors import CommandFailedError
 from fleetfed.cloud_coordinator.demo import processes
@@ -29,9 +30,9 @@ async def test_a_line_on_stdout_says_when_it_is_ready(tmp_path: Path) -> None:
     running = await supervisor.start("one", python("print('warming up'); print('ready on 4711'); input()"), pipe=True)
     with pytest.raises(ProcessEndedError):
         # It ends because there is no terminal to read from.
-        await supervisor.wait_line(running, "never", timeout=10)
+        await supervisor.wait_line(running, "never", timeout=PATIENCE)
     running = await supervisor.start("two", python(WAITS), pipe=True)
-    assert await supervisor.wait_line(running, "ready", timeout=10) == "ready"
+    assert await supervisor.wait_line(running, "ready", timeout=PATIENCE) == "ready"
     with pytest.raises(CommandFailedError, match="not ready after"):
         await supervisor.wait_line(running, "more", timeout=0.05)
     await supervisor.stop(["two"])
@@ -41,7 +42,7 @@ async def test_whoever_dies_is_named_with_the_end_of_its_log(tmp_path: Path) -> 
     supervisor = Supervisor(tmp_path)
     await supervisor.start("fine", python(WAITS))
     await supervisor.start("ill", python("import sys; print('last words', file=sys.stderr); sys.exit(7)"))
-    ended = await asyncio.wait_for(supervisor.failed, 10)
+    ended = await asyncio.wait_for(supervisor.failed, PATIENCE)
     assert (ended.name, ended.code) == ("ill", 7)
     assert "last words" in str(ended)
     assert "exit status 7" in str(ended)
@@ -53,7 +54,7 @@ async def test_a_signal_is_named(tmp_path: Path) -> None:
     supervisor = Supervisor(tmp_path)
     await supervisor.start("victim", python(WAITS))
     os.kill(supervisor.pid("victim"), signal.SIGKILL)
-    assert "SIGKILL" in str(await asyncio.wait_for(supervisor.failed, 10))
+    assert "SIGKILL" in str(await asyncio.wait_for(supervisor.failed, PATIENCE))
     await supervisor.stop()
 
 
@@ -67,7 +68,7 @@ async def test_stopping_is_no_failure_and_is_thorough(tmp_path: Path, monkeypatc
     """
     supervisor = Supervisor(tmp_path)
     running = await supervisor.start("stubborn", python(stubborn), pipe=True)
-    await supervisor.wait_line(running, "ready", timeout=10)
+    await supervisor.wait_line(running, "ready", timeout=PATIENCE)
     await supervisor.start("polite", python(WAITS))
     await supervisor.stop()
     assert not supervisor.names()

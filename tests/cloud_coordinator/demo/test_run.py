@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fleetfed_testing.waiting import PATIENCE
 
 from fleetfed.cloud_coordinator.control.client import OperatorConfig
 from fleetfed.cloud_coordinator.control.model_client import fetch_model
@@ -203,7 +204,7 @@ def test_a_kept_fleet_answers_the_command_line(tmp_path: Path) -> None:
     revoke = ("keys", "revoke", "d-01", "--dir", str(fleet.directory / "keys"))
     assert call(*revoke)[1]["delivered"]
     assert call("round", "start", "--rounds", "1", "--deadline", "2", "--expires", "4")[0] == 0
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while (status := call("round", "status")[1])["made"] < 1 or status["state"] != "finished":
         assert time.monotonic() < deadline, status
     last = status["history"][-1]

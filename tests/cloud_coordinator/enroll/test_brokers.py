@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from fleetfed_testing.enrolment import NOW, Bench
+from fleetfed_testing.waiting import PATIENCE
 
 from fleetfed.broker.config import BrokerConfig
 from fleetfed.broker.render import load_inventory
@@ -50,7 +51,7 @@ async def refused(port: int, name: str, folder: Path) -> bool:
 
 async def shut_out(port: int, folder: Path) -> None:
     """Wait until the broker, which reads its files when it likes, ends the TLS handshake."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while True:
             client = None
             try:

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from fleetfed_testing.local_fleet import PATIENCE, LocalFleet, prepared
+from fleetfed_testing.brokers import free_port
+from fleetfed_testing.local_fleet import LocalFleet, prepared
+from fleetfed_testing.waiting import PATIENCE
 
 from fleetfed.cloud_coordinator.demo import layout
 from fleetfed.cloud_coordinator.demo.layout import BROKER, COORDINATOR, OPERATOR, WATCHER, toml
@@ -30,7 +32,7 @@ class Enrolment:
         self.fleet = fleet
         self.folder = fleet.folder.path / "enroll"
         self.keys = fleet.folder.keys
-        self.port = layout.free_port()
+        self.port = free_port()
         self.ca = self.keys / "identities" / "enroller" / "tls" / "ca.pem"
         self.watcher = fleet.folder.path / "watcher.toml"
 

@@ -18,7 +18,7 @@ import pytest
 from fleetfed_testing.helper_round import HelperRound
 from fleetfed_testing.signed_fleet import SignedFleet
 from fleetfed_testing.trust_repository import Owners
-from fleetfed_testing.waiting import eventually
+from fleetfed_testing.waiting import PATIENCE, eventually
 
 from fleetfed.cloud_coordinator.helper import cli
 from fleetfed.cloud_coordinator.helper.config import HelperConfig, load
@@ -44,8 +44,6 @@ from fleetfed.shared.wire.topics import Broadcast, Kind, SiteTopics, Verb
 CLOUD = SiteTopics("demo", "_")
 NAME = "h-main"
 DEVICES = ("d-1", "d-2", "d-3", "d-4")
-PATIENCE = 40.0
-"""Seconds that anything may take on a machine that does a lot else."""
 SHORT = 'identity = "identity"\nstate = "state"\n[broker]\nhost = "127.0.0.1"\nport = {port}\ntls = false\n'
 
 
@@ -63,8 +61,13 @@ class Coordinator:
 
     async def hears(self, verb: Verb, count: int = 1) -> list[bytes]:
         topic = CLOUD.up(Kind.HELPER, NAME, verb)
-        await eventually(lambda: len(self.heard.get(topic, [])) >= count, seconds=PATIENCE)
+        await eventually(lambda: len(self.heard.get(topic, [])) >= count)
         return self.heard[topic]
+
+    async def sees(self, life: Life) -> None:
+        """Wait until this is the helper's last word, or the broker's, on its presence."""
+        heard = self.heard.setdefault(CLOUD.up(Kind.HELPER, NAME, Verb.STATE), [])
+        await eventually(lambda: heard and codec.decode(Presence, heard[-1], limit=500).life is life)
 
     async def key(self) -> bytes:
         """The helper's signed key, verified."""
@@ -78,8 +81,8 @@ class Coordinator:
         for frame in cut(message.id, message.encode()):
             await self.session.publish(CLOUD.down(Kind.HELPER, NAME, Verb.ASK), frame)
 
-    async def answers(self, count: int) -> list[tuple[Head, MaskSums]]:
-        """So many whole answers, verified."""
+    async def answers(self, count: int, *, until: RejectReason | None = None) -> list[tuple[Head, MaskSums]]:
+        """So many whole answers at least, and one with the reason ``until``, verified."""
         found: list[tuple[Head, MaskSums]] = []
 
         def complete() -> bool:
@@ -90,9 +93,9 @@ class Coordinator:
                 if done is not None:
                     raw = open_body(done[0].header, done[1])
                     found.append((done[0], codec.decode(MaskSums, raw, limit=len(raw))))
-            return len(found) >= count
+            return len(found) >= count and (until is None or until in {sums.reason for _, sums in found})
 
-        await eventually(complete, seconds=PATIENCE)
+        await eventually(complete)
         verifier = self.fleet.identity("c-main", Role.COORDINATOR, "_").verifier()
         for head, _ in found:
             verifier.head(head, kind=MessageKind.MASK_SUMS, now=self.fleet.now, sender=NAME)
@@ -157,9 +160,7 @@ async def test_killed_twice_it_gives_one_answer(world: tuple[Coordinator, Path])
         assert sums.sums == (expected(fleet, rnd, DEVICES[:3]),)
         first.send_signal(signal.SIGKILL)
         await first.wait()
-    await eventually(
-        lambda: codec.decode(Presence, states(coordinator)[-1], limit=500).life is Life.LOST, seconds=PATIENCE
-    )
+    await coordinator.sees(Life.LOST)
 
     async with running(config) as second:
         await coordinator.hears(Verb.KEY, 2)
@@ -167,28 +168,23 @@ async def test_killed_twice_it_gives_one_answer(world: tuple[Coordinator, Path])
         await coordinator.ask(rnd, request)
         await coordinator.ask(rnd, rnd.request(DEVICES[1:]))
         # The broker may deliver the first request again too: whoever was killed had perhaps not confirmed it.
-        found = await coordinator.answers(3)
-        if found[-1][1].reason is None:
-            found = await coordinator.answers(4)
-        *same, (_, conflict) = found
+        *same, (_, conflict) = await coordinator.answers(3, until=RejectReason.CONFLICT)
         assert len({head.encode() for head, _ in same}) == 1
         assert [answer.sums for _, answer in same] == [sums.sums] * len(same)
         assert (conflict.sums, conflict.reason) == ((), RejectReason.CONFLICT)
         second.send_signal(signal.SIGKILL)
         await second.wait()
 
+    # What the second said is here; the next key is the third's.
+    await coordinator.sees(Life.LOST)
+    keys = coordinator.heard[CLOUD.up(Kind.HELPER, NAME, Verb.KEY)]
+    said = len(keys)
     async with running(config) as third:
-        await coordinator.hears(Verb.KEY, 3)
-        assert len(set(coordinator.heard[CLOUD.up(Kind.HELPER, NAME, Verb.KEY)])) == 1
+        await coordinator.hears(Verb.KEY, said + 1)
+        assert len(set(keys)) == 1
         third.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(third.wait(), PATIENCE) == 0
-    await eventually(
-        lambda: codec.decode(Presence, states(coordinator)[-1], limit=500).life is Life.DISCONNECTED, seconds=PATIENCE
-    )
-
-
-def states(coordinator: Coordinator) -> list[bytes]:
-    return coordinator.heard[CLOUD.up(Kind.HELPER, NAME, Verb.STATE)]
+    await coordinator.sees(Life.DISCONNECTED)
 
 
 @asynccontextmanager

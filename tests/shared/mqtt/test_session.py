@@ -14,15 +14,13 @@ from typing import Any
 import pytest
 from fleetfed_testing.brokers import Embedded, FleetPki, Mosquitto, RunningBroker, free_port
 from fleetfed_testing.proxies import LegacyProxy, Proxy, RawBroker, publish_packet
-from fleetfed_testing.waiting import eventually
+from fleetfed_testing.waiting import PATIENCE, eventually
 
 from fleetfed.cloud_coordinator.keys.pki import Role
 from fleetfed.shared.errors import ConfigError, LocalProtocolError
 from fleetfed.shared.mqtt.config import ConnectionConfig, Will
 from fleetfed.shared.mqtt.errors import PublishRefusedError, SessionLostError
 from fleetfed.shared.mqtt.session import Session
-
-SECONDS = 10
 
 
 class Peer:
@@ -52,7 +50,7 @@ class Peer:
         return [payload for _, payload, _ in self.messages]
 
     async def until(self, condition: Callable[[], Any]) -> None:
-        async with asyncio.timeout(SECONDS), self.changed:
+        async with asyncio.timeout(PATIENCE), self.changed:
             await self.changed.wait_for(condition)
 
     async def stop(self) -> None:
@@ -95,7 +93,7 @@ async def peer() -> AsyncIterator[MakePeer]:
         made = Peer(config, *subscriptions, **options)
         peers.append(made)
         if connected:
-            await asyncio.wait_for(made.session.wait_connected(), SECONDS)
+            await asyncio.wait_for(made.session.wait_connected(), PATIENCE)
         return made
 
     yield start
@@ -280,7 +278,7 @@ async def test_full_queue_drops_qos_0_and_counts_it(peer: MakePeer) -> None:
         )
         one = await peer(config, "beat", connected=False)
         one.gate.clear()
-        await asyncio.wait_for(one.session.wait_connected(), SECONDS)
+        await asyncio.wait_for(one.session.wait_connected(), PATIENCE)
         await asyncio.sleep(0.1)
         one.gate.set()
         await one.until(lambda: b"kept" in one.payloads)
@@ -328,7 +326,7 @@ async def test_unhandled_message_comes_again_after_a_crash(any_broker: RunningBr
     one.on_each = crash
     await two.session.publish("work", b"precious")
     with pytest.raises(ExceptionGroup) as caught:
-        await asyncio.wait_for(one.task, SECONDS)
+        await asyncio.wait_for(one.task, PATIENCE)
     assert caught.group_contains(Crash, depth=1)
     again = await peer(any_broker.config("d-1"), "work")
     await again.until(lambda: again.messages)
@@ -348,11 +346,11 @@ async def test_kill_of_the_broker_loses_loudly_and_sends_no_ghost(
     await asyncio.sleep(0.05)
     assert two.session.statistics().awaiting == 4
     broker.kill()
-    results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), SECONDS)
+    results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), PATIENCE)
     assert all(isinstance(result, SessionLostError) for result in results)
     broker.start()
     await one.until(lambda: len(one.connects) == 2)
-    await asyncio.wait_for(two.session.wait_connected(), SECONDS)
+    await asyncio.wait_for(two.session.wait_connected(), PATIENCE)
     await two.session.publish("work", b"marker")
     await one.until(lambda: b"marker" in one.payloads)
     assert one.payloads == [b"marker"]
@@ -447,7 +445,7 @@ async def test_cancelled_publish_keeps_its_place_in_the_window(peer: MakePeer) -
         config = ConnectionConfig(host="127.0.0.1", port=broker.port, client_id="d-1", protocol="3.1.1", max_inflight=2)
         one = await peer(config)
         tasks = [asyncio.create_task(one.session.publish("work", b"x")) for _ in range(4)]
-        await asyncio.sleep(0.02)
+        await eventually(lambda: one.session.statistics().awaiting == 2)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)

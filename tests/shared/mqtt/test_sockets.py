@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from fleetfed_testing.brokers import Embedded, FleetPki
 from fleetfed_testing.proxies import Proxy
-from fleetfed_testing.waiting import wait_until
+from fleetfed_testing.waiting import PATIENCE, wait_until
 
 from fleetfed.shared.mqtt import meter as meter_module
 from fleetfed.shared.mqtt import sockets
@@ -40,7 +40,7 @@ def echo() -> Iterator[int]:
     yield listener.getsockname()[1]
     listener.shutdown(socket.SHUT_RDWR)
     listener.close()
-    thread.join(5)
+    thread.join(PATIENCE)
 
 
 @pytest.fixture(params=["kernel", "wrapper"])

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from fleetfed.cloud_coordinator.keys.pki import Listener, Pki, Role
 from fleetfed.shared.mqtt.config import ConnectionConfig
 from fleetfed.shared.mqtt.tls import TlsFiles
+from fleetfed_testing.waiting import PATIENCE
 
 MOSQUITTO = shutil.which("mosquitto", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
 
@@ -150,7 +151,7 @@ class Mosquitto:
             self._process = subprocess.Popen(
                 [MOSQUITTO, "-c", str(self.directory / "mosquitto.conf")], stdout=log, stderr=log
             )
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             assert self._process.poll() is None, self.log()
             with socket.socket() as probe:
@@ -198,7 +199,7 @@ class Mosquitto:
                 # A frozen process gets this one only once it goes on, and must not go on before it is killed.
                 self._process.send_signal(signal.SIGCONT)
             self._process.send_signal(how)
-            self._process.wait(10)
+            self._process.wait(PATIENCE)
             self._process = None
 
 
@@ -236,13 +237,13 @@ class Embedded:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="embedded-broker", daemon=True)
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self.broker.start(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self.broker.start(), self._loop).result(PATIENCE)
 
     def stop(self) -> None:
         if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self.broker.stop(), self._loop).result(10)
+            asyncio.run_coroutine_threadsafe(self.broker.stop(), self._loop).result(PATIENCE)
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(10)
+            self._thread.join(PATIENCE)
             self._loop.close()
 
     def restart(self) -> None:

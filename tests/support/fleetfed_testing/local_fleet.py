@@ -24,12 +24,12 @@ from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.model.table import read_weights
 from fleetfed.shared.wire.messages import Command, Status
+from fleetfed_testing.brokers import free_port
 from fleetfed_testing.cloud import write_model
 from fleetfed_testing.trainers import BEGUN, HOLD
+from fleetfed_testing.waiting import PATIENCE
 
 SUPPORT = Path(__file__).parents[1]
-PATIENCE = 40.0
-"""Seconds that anything may take on a machine that does a lot else."""
 
 
 class LocalFleet:
@@ -61,7 +61,7 @@ class LocalFleet:
         self.folder.prepare()
         self.helper = helper
         self.fleet = Fleet(self.folder, self.tree, broker="embedded", helper=helper)
-        self.port = layout.free_port()
+        self.port = free_port()
         self.model = write_model(self.folder.path / "model")
         self.card = ModelCard.decode(self.model.with_suffix(".card").read_bytes())
         self.settings = Settings(

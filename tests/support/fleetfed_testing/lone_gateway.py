@@ -50,6 +50,7 @@ from fleetfed.shared.wire.messages import (
     Training,
 )
 from fleetfed.shared.wire.topics import Broadcast, Kind, SiteTopics, Verb, parse
+from fleetfed_testing.waiting import PATIENCE
 
 FLEET, SITE = "demo", "north"
 _YEAR = 365 * 86_400_000
@@ -257,7 +258,7 @@ class LoneGateway:
         self.session.publish(self.topics.down(Kind.DEVICE, device, Verb.RECEIPT), message.encode())
         return message
 
-    def wait(self, condition: Callable[[], T], timeout: float = 20.0) -> T:
+    def wait(self, condition: Callable[[], T], timeout: float = PATIENCE) -> T:
         """Deal with what comes in until ``condition`` holds; returns it.
 
         Raises:

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable
 from typing import Self
 
+from fleetfed_testing.waiting import PATIENCE
+
 _CONNACK_OK = b"\x20\x02\x00\x00"
 
 
@@ -51,7 +53,7 @@ class _Server:
             listener.close()
         self.cut()
         for thread in self._threads:
-            thread.join(5)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
 
     def __enter__(self) -> Self:
@@ -112,7 +114,7 @@ class Proxy(_Server):
             back = threading.Thread(target=self._pump, args=(server, client, False), daemon=True)
             back.start()
             self._pump(client, server, True)
-            back.join(5)
+            back.join(PATIENCE)
             with self._lock:
                 self._open.discard(server)
 
