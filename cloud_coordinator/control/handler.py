@@ -37,7 +37,7 @@ from fleetfed.cloud_coordinator.training.versions import check_reach, from_file,
 from fleetfed.shared import config
 from fleetfed.shared.errors import ConfigError, RejectReason, RemoteProtocolError, StorageError
 from fleetfed.shared.trust.certificates import SERIALS, Certificate, Role
-from fleetfed.shared.trust.verifier import Verifier
+from fleetfed.shared.trust.verifier import MAX_VERSION_STEP, Verifier
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.envelope import Head, MessageKind
 from fleetfed.shared.wire.messages import Command, Life, Request, Response, Revocations
@@ -481,6 +481,8 @@ def open_revocations(message: bytes, verifier: Verifier, *, now: int) -> tuple[R
             "with --config, or use the newest copy of the authority's folder",
         )
     if by.role is Role.ENROLLER:
+        if revocations.version - in_force.version > MAX_VERSION_STEP:
+            raise CommandError("too_far", f"list {revocations.version} is too far above list {in_force.version}")
         before, after = set(in_force.serials), set(revocations.serials)
         if missing := before - after:
             raise CommandError("unrevokes", f"the list leaves out {len(missing)} serials that are revoked")

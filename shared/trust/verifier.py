@@ -101,6 +101,9 @@ class Trust:
         return replace(self, expires=0)
 
 
+MAX_VERSION_STEP: Final = 1 << 20
+"""By how much an enrolment service may raise the version of the one revocation list: whoever stole its key could
+otherwise count to the end at once, and nobody, not even it, could ever be revoked again."""
 _CLOCK_SKEW: Final = 5 * 60 * 1000
 """Milliseconds by which clocks may differ before a certificate counts as not yet valid."""
 
@@ -145,7 +148,8 @@ class Verifier:
             by: who signed it. The list of an enroller only adds to the one in force: nobody comes back by it.
 
         Raises:
-            RemoteProtocolError: `REPLAYED`: older than the list in force; `TOO_LARGE`: it would add too many.
+            RemoteProtocolError: `REPLAYED`: older than the list in force; `TOO_LARGE`: it would add too many;
+                `OUT_OF_RANGE`: an enroller's version leaves none for those that follow.
         """
         if self._have_list:
             if revocations.version < self._revocations.version:
@@ -155,6 +159,10 @@ class Verifier:
             if revocations.version == self._revocations.version:
                 return False
         if by is not None and by.role is Role.ENROLLER:
+            if revocations.version - self._revocations.version > MAX_VERSION_STEP:
+                raise RemoteProtocolError(
+                    RejectReason.OUT_OF_RANGE, f"revocations {revocations.version} after {self._revocations.version}"
+                )
             every = self._revoked.union(revocations.serials)
             if len(every) > 2 * MAX_REVOKED:
                 raise RemoteProtocolError(RejectReason.TOO_LARGE, f"{len(every)} revoked serials in all")

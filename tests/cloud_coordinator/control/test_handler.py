@@ -285,6 +285,7 @@ async def test_an_enrollers_list_adds_its_own_devices_and_nothing_else(world: Wo
     assert await put(service, 2, 77, 78) == "not_its_devices"
     assert await put(service, 2, 77, own + SERIALS) == "not_its_devices"
     assert await put(service, 1, 77, own) == "older_list"
+    assert await put(service, 2**63 - 1, 77, own) == "too_far"
     assert world.coordinator.verifier.revocations == Revocations(version=1, serials=(77,))
     assert await put(service, 2, 77, own) == ""
     assert await put(service, 2, 77, own) == ""

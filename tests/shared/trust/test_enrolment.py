@@ -16,7 +16,7 @@ from fleetfed.shared.trust.certificates import Certificate, Role, issue
 from fleetfed.shared.trust.enrolment import HEAD, REQUEST, format_token, parse_token
 from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.keys import SigningKey
-from fleetfed.shared.trust.verifier import Verifier
+from fleetfed.shared.trust.verifier import MAX_VERSION_STEP, Verifier
 from fleetfed.shared.wire.enrolment import MAX_REQUEST, EnrolRequest, Purpose, TreeHead
 from fleetfed.shared.wire.envelope import MessageKind
 from fleetfed.shared.wire.limits import MAX_REVOKED
@@ -154,6 +154,18 @@ def test_nobody_comes_back_by_an_enrollers_list() -> None:
     assert verifier.revocations == Revocations(version=2, serials=(3, 4, 7 << 32))
     assert verifier.revoke(Revocations(version=3, serials=(4,)))
     assert verifier.revocations.serials == (4,)
+
+
+def test_a_stolen_enrolment_key_cannot_count_revocation_lists_to_the_end() -> None:
+    """After the highest version there is no list that shuts anybody out, the thief least of all."""
+    verifier = Verifier("fleet", AUTHORITY.public)
+    verifier.revoke(Revocations(version=3, serials=(4,)))
+    for version in (2**63 - 1, 4 + MAX_VERSION_STEP):
+        with pytest.raises(RemoteProtocolError) as caught:
+            revoke(verifier, version, (4, 7 << 32))
+        assert caught.value.reason is RejectReason.OUT_OF_RANGE
+    assert verifier.revocations == Revocations(version=3, serials=(4,))
+    assert revoke(verifier, 3 + MAX_VERSION_STEP, (4, 7 << 32)), "whoever missed lists takes the next"
 
 
 def test_an_enroller_cannot_fill_the_memory_with_revocations() -> None:
