@@ -1,4 +1,4 @@
-"""A leaf gateway's noise: in every sum that leaves it, in no other, and another one each time it is drawn."""
+"""A leaf gateway's noise: in every sum that leaves it, in no other, and another one for another secret or sum."""
 
 from __future__ import annotations
 
@@ -25,18 +25,33 @@ class Nothing:
         raise AssertionError
 
 
+class Leaf(PlainSum):
+    """Values that can be read, with the secret that only rounds of masked updates have."""
+
+    def __init__(self, ring: Ring, secret: bytes) -> None:
+        super().__init__(ring, capacity=20)
+        self._secret = secret
+
+    @property
+    def noise_secret(self) -> bytes:
+        """The round's."""
+        return self._secret
+
+
 def ring(noise: RingNoise | None) -> Ring:
     lane_bits = choose_lane_bits(8, 20, noise=0 if noise is None else noise.slack(20))
     return Ring.of((900, 100), bits=8, lane_bits=lane_bits, weight_cap=1, noise=noise, most=20)
 
 
-def total_of(noise: RingNoise, *, own: int, below: int = 0) -> tuple[np.ndarray, int]:  # type: ignore[type-arg]
+def total_of(  # type: ignore[type-arg]
+    noise: RingNoise, *, own: int, below: int = 0, secret: bytes = b"s" * 32
+) -> tuple[np.ndarray, int]:
     arithmetic = ring(noise)
-    leaf = PlainSum(arithmetic, capacity=20)
+    leaf = Leaf(arithmetic, secret)
     for _ in range(own):
         leaf.add((np.full(1000, 3, dtype=np.int8), arithmetic.meta.encode_private(beyond=True)))
     if below:
-        other = PlainSum(arithmetic, capacity=20)
+        other = Leaf(arithmetic, b"o" * 32)
         for _ in range(below):
             other.add((np.full(1000, 3, dtype=np.int8), arithmetic.meta.encode_private(beyond=True)))
         leaf.merge(other.total((), Nothing()))
@@ -49,10 +64,14 @@ def total_of(noise: RingNoise, *, own: int, below: int = 0) -> tuple[np.ndarray,
 def test_a_revealed_sum_holds_the_noise() -> None:
     first, said = total_of(NOISE, own=5)
     assert first.std() == pytest.approx(40.0, rel=0.15)
-    again, other = total_of(NOISE, own=5)
-    assert abs(np.corrcoef(first, again)[0, 1]) < 0.2
+    another, other = total_of(NOISE, own=5, secret=b"t" * 32)
+    assert abs(np.corrcoef(first, another)[0, 1]) < 0.2
     assert abs(said) < 48
     assert abs(other) < 48
+    again, _ = total_of(NOISE, own=5)
+    assert np.array_equal(first, again), "two noised copies of one sum would average out"
+    larger, _ = total_of(NOISE, own=6)
+    assert abs(np.corrcoef(first, larger)[0, 1]) < 0.2
 
 
 def test_every_leaf_adds_its_own_and_a_gateway_above_adds_none() -> None:
