@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import itertools
 import selectors
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -72,7 +73,8 @@ class _Idle(selectors.BaseSelector):
     def select(self, timeout: float | None = None) -> list[Any]:
         self.busy += 1
         self.loop.turns += 1
-        assert self.busy < _LIVELOCK, "the loop never comes to rest"
+        if self.busy >= _LIVELOCK:
+            raise AssertionError(f"the loop never comes to rest; ready is {self.loop.ready()}")
         if timeout is None or timeout > 0:
             self.loop.next_timer = None if timeout is None else self.loop.now + max(1, ceil(timeout * 1000))
             self.loop.stop()
@@ -92,6 +94,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self.tasks: dict[asyncio.Task[Any], object] = {}
         self.errors: list[dict[str, Any]] = []
         self.turns = 0
+        self.alarm: BaseException | None = None
+        """What a signal raised while a program ran: a time limit of the tests, or the keyboard."""
+        self._lanes = itertools.count()
+        self._lane_of: dict[object, int] = {}
         idle = _Idle()
         idle.loop = self
         self._idle = idle
@@ -107,22 +113,39 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Unix milliseconds."""
         return self.now
 
+    def ready(self) -> list[str]:
+        """What would run next, for whoever asks why there is no rest."""
+        return [str(each) for each in self._ready]  # type: ignore[attr-defined]
+
     def settle(self) -> None:
         """Run until nothing can happen before time passes, a job is done or a message comes."""
         self._idle.busy = 0
         self.run_forever()
+        if self.alarm is not None:
+            # It was not meant for the program that it hit: what that program does now says nothing.
+            alarm, self.alarm = self.alarm, None
+            raise alarm
 
     def _make_task(self, loop: Any, work: Any, **options: Any) -> asyncio.Task[Any]:
         task: asyncio.Task[Any] = asyncio.Task(work, loop=loop, **options)
         self.tasks[task] = OWNER.get(None)
-        task.add_done_callback(lambda done: self.tasks.pop(done, None))
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.pop(task, None)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None and not isinstance(error, Exception) and self.alarm is None:
+            self.alarm = error
+            self.stop()
 
     def run_in_executor(self, executor: Any, work: Any, *arguments: Any) -> Any:
         owner, future = OWNER.get(None), self.create_future()
         context = contextvars.copy_context()
-        # The default executor has many threads; ours have one each.
-        lane = id(future) if executor is None else id(executor)
+        # The default executor has many threads; ours have one each. Numbers, as ids are given twice.
+        lane = next(self._lanes) if executor is None else self._lane_of.setdefault(executor, next(self._lanes))
         job = Job(owner, lane, lambda: context.run(work, *arguments), future)
         self.jobs.setdefault((id(owner), lane), deque()).append(job)
         return future

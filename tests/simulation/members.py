@@ -14,6 +14,8 @@ from fleetfed_testing.fragile_disk import FragileDisk, PowerCutError
 from fleetfed_testing.trainers import OneHot
 
 from fleetfed.cloud_coordinator.config import CoordinatorConfig
+from fleetfed.cloud_coordinator.helper.config import HelperConfig
+from fleetfed.cloud_coordinator.helper.runtime import Helper
 from fleetfed.cloud_coordinator.runtime import Runtime
 from fleetfed.device import events
 from fleetfed.device.config import DeviceConfig
@@ -119,6 +121,25 @@ class GatewayProcess(Process):
         return self.gateway.machine
 
 
+class HelperProcess(Process):
+    """A whole `Helper`."""
+
+    def __init__(
+        self, name: str, loop: VirtualLoop, network: Network, config: HelperConfig, identity: Identity
+    ) -> None:
+        super().__init__(name, loop, network)
+        self._config = config
+        self._identity = identity
+
+    def _program(self) -> Any:
+        self.helper = Helper(self._config, self._identity, clock=self.loop.clock)
+        return self.helper.run()
+
+    @property
+    def machine(self) -> Any:
+        return self.helper.machine
+
+
 class SimulatedDeviceSession:
     """In the place of `fleetfed.device.mqtt.DeviceSession`, with its rules. Set `network` before any is made."""
 
@@ -138,7 +159,7 @@ class SimulatedDeviceSession:
         self.meter = ByteMeter()
         self._inbox = inbox
         self._filters = dict.fromkeys(subscriptions)
-        self._link: Link | None = None
+        self.link: Link | None = None
         self._tokens = itertools.count(1)
         self._unconfirmed: dict[int, tuple[Link, Message]] = {}
 
@@ -149,8 +170,8 @@ class SimulatedDeviceSession:
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> int:
         token = next(self._tokens)
-        if self._link is not None:
-            self._link.uplink.append(
+        if self.link is not None:
+            self.link.uplink.append(
                 Request(topic=topic, payload=bytes(payload), retain=retain, done=lambda taken: self._done(token, taken))
             )
         return token
@@ -161,14 +182,14 @@ class SimulatedDeviceSession:
 
     def subscribe(self, *filters: str) -> None:
         self._filters.update(dict.fromkeys(filters))
-        if self._link is not None:
-            self._link.uplink.append(Request(subscribe=filters))
+        if self.link is not None:
+            self.link.uplink.append(Request(subscribe=filters))
 
     def unsubscribe(self, *filters: str) -> None:
         for each in filters:
             self._filters.pop(each, None)
-        if self._link is not None:
-            self._link.uplink.append(Request(unsubscribe=filters))
+        if self.link is not None:
+            self.link.uplink.append(Request(unsubscribe=filters))
 
     def ack(self, message: Received) -> None:
         link, sent = self._unconfirmed.pop(message.mid)
@@ -176,7 +197,7 @@ class SimulatedDeviceSession:
             link.session.confirm(sent)
 
     def close(self, state_payload: bytes | None = None, *, timeout: float = 5.0) -> None:
-        link = self._link
+        link = self.link
         if link is not None:
             broker = self.network.broker(self.config.port)
             if state_payload is not None and self.will is not None:
@@ -194,11 +215,11 @@ class SimulatedDeviceSession:
         return []
 
     def linked(self, link: Link, *, session_present: bool) -> None:
-        self._link = link
+        self.link = link
         self._inbox.put(Connected(session_present))
 
     def lost(self, link: Link) -> None:
-        self._link = None
+        self.link = None
         self._inbox.put(Disconnected("broke"))
 
     def receive(self, link: Link, message: Message) -> None:
@@ -307,7 +328,8 @@ class DeviceProcess:
 
     def turn(self) -> None:
         """Deal with everything that came."""
-        while self.runtime is not None and not self.runtime._inbox.empty():
+        # The queue's own deque: there is no other thread, and this is asked more often than anything.
+        while self.runtime is not None and self.runtime._inbox.queue:
             self._with_power(self.runtime._turn)
 
     def train(self) -> None:

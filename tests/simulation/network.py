@@ -8,8 +8,9 @@ delivered and the client has not confirmed comes again. `Network.moves` lists wh
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -56,6 +57,7 @@ class Client(Protocol):
 
     config: ConnectionConfig
     will: Will | None
+    link: Link | None
 
     def filters(self) -> list[str]:
         """Subscribed on every connect."""
@@ -210,7 +212,8 @@ class Broker:
         link.client.receive(link, message)
 
 
-Move = Callable[[], None]
+Move = tuple[Any, ...]
+"""A function and its arguments."""
 
 
 class Network:
@@ -232,36 +235,30 @@ class Network:
             self.brokers[port] = Broker(lambda message: self._heard(port, message))
         return self.brokers[port]
 
-    def link(self, client: Client) -> Link | None:
-        """A client's connection."""
-        session = self.broker(client.config.port).sessions.get(client.config.client_id)
-        link = session.link if session is not None else None
-        return link if link is not None and link.client is client else None
-
     def links(self, name: str) -> list[Link]:
         """All connections of one member."""
-        links = (self.link(client) for client in self.clients if client.config.client_id == name)
-        return [link for link in links if link is not None]
+        return [client.link for client in self.clients if client.config.client_id == name and client.link is not None]
 
     def drop(self, link: Link) -> None:
         """A connection breaks."""
         self.broker(link.client.config.port).close(link, clean=False)
 
-    def moves(self) -> Iterator[Move]:
-        """All that could happen next."""
-        for client in list(self.clients):
-            broker = self.broker(client.config.port)
-            link = self.link(client)
+    def moves(self) -> list[Move]:
+        """All that could happen next: functions with their arguments, as few of so many are ever called."""
+        moves: list[Move] = []
+        for client in self.clients:
+            link, broker = client.link, self.broker(client.config.port)
             if link is None:
                 if (client.config.client_id, client.config.port) not in self.cut:
-                    yield lambda broker=broker, client=client: broker.open(client)  # type: ignore[misc]
+                    moves.append((broker.open, client))
                 continue
             if link.uplink:
-                yield lambda broker=broker, link=link: broker.take(link)  # type: ignore[misc]
-            for lane in list(link.session.lanes):
-                yield lambda broker=broker, link=link, lane=lane: broker.deliver(link, lane)  # type: ignore[misc]
+                moves.append((broker.take, link))
+            moves += [(broker.deliver, link, lane) for lane in link.session.lanes]
+        return moves
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def matches(pattern: str, topic: str) -> bool:
     """Whether a filter of this project (``+`` only) covers a topic."""
     wanted, have = pattern.split("/"), topic.split("/")
@@ -294,7 +291,7 @@ class SimulatedSession:
         self._filters = dict.fromkeys(subscriptions)
         self._unwanted: dict[str, None] = {}
         self._on_connect, self._on_message, self._on_disconnect = on_connect, on_message, on_disconnect
-        self._link: Link | None = None
+        self.link: Link | None = None
         self._greeted: Link | None = None
         self._queue: deque[tuple[Link, bool | Message | None]] = deque()
         self._arrived = asyncio.Event()
@@ -303,7 +300,7 @@ class SimulatedSession:
 
     @property
     def connected(self) -> bool:
-        return self._link is not None
+        return self.link is not None
 
     async def run(self) -> None:
         self.network.clients.append(self)
@@ -316,9 +313,9 @@ class SimulatedSession:
         finally:
             if self in self.network.clients:
                 self.network.clients.remove(self)
-            if self._link is not None:
+            if self.link is not None:
                 # Cancelled by a program that stops. Who is killed was cut off before.
-                self.network.broker(self.config.port).close(self._link, clean=True)
+                self.network.broker(self.config.port).close(self.link, clean=True)
 
     async def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> None:
         await self._ask(Request(topic=topic, payload=bytes(payload), retain=retain))
@@ -338,11 +335,11 @@ class SimulatedSession:
             self._unwanted.pop(each, None)
 
     async def _ask(self, request: Request) -> None:
-        if self._link is None:
+        if self.link is None:
             raise SessionLostError("not connected")
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         request.done = lambda taken: None if answer.done() else answer.set_result(taken)
-        self._link.uplink.append(request)
+        self.link.uplink.append(request)
         if not await answer:
             raise SessionLostError("the connection broke")
 
@@ -354,7 +351,7 @@ class SimulatedSession:
                 if link.alive:
                     link.session.confirm(item)
             elif item is not None:
-                if self._link is link:
+                if self.link is link:
                     self._greeted = link
                     if self._on_connect is not None:
                         await self._on_connect(item)
@@ -374,11 +371,11 @@ class SimulatedSession:
         return dropped
 
     def linked(self, link: Link, *, session_present: bool) -> None:
-        self._link = link
+        self.link = link
         self._put(link, session_present)
 
     def lost(self, link: Link) -> None:
-        self._link = None
+        self.link = None
         self._put(link, None)
 
     def receive(self, link: Link, message: Message) -> None:

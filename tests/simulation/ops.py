@@ -14,8 +14,9 @@ from enum import Enum
 
 from hypothesis import strategies as st
 
-DEVICES = 5
-GATEWAYS = 3
+from tests.simulation.setting import PLAIN, SITES, Setting
+
+GATEWAYS = len(SITES)
 
 
 class After(Enum):
@@ -95,6 +96,13 @@ class CrashGateway:
 @dataclass(frozen=True)
 class CrashCoordinator:
     """The coordinator dies."""
+
+    after: After = After.NOTHING
+
+
+@dataclass(frozen=True)
+class CrashHelper:
+    """The helper dies, where there is one."""
 
     after: After = After.NOTHING
 
@@ -182,6 +190,7 @@ Op = (
     | CrashDevice
     | CrashGateway
     | CrashCoordinator
+    | CrashHelper
     | Restart
     | BrokerCrash
     | Duplicate
@@ -194,57 +203,67 @@ Op = (
     | RevokeDevice
 )
 
-MEMBERS = ("c-main", *(f"g-{i + 1}" for i in range(GATEWAYS)), *(f"d-{i + 1}" for i in range(DEVICES)))
 
-_devices = st.integers(1, DEVICES)
-_gateways = st.integers(1, GATEWAYS)
-_members = st.sampled_from(MEMBERS)
-_seeds = st.integers(0, 1000)
-_messages = st.integers(0, 10_000)
+def operations(setting: Setting = PLAIN) -> st.SearchStrategy[list[Op]]:
+    """What may happen to such a fleet.
 
-_progress = st.one_of(
-    st.builds(Deliver, st.integers(1, 12), _seeds),
-    st.builds(DeliverAll, _seeds),
-    st.builds(DeviceTrains, _devices),
-)
-_faults = st.one_of(
-    st.builds(AdvanceTime, st.sampled_from([10, 1_000, 5_000, 30_000, 61_000, 121_000])),
-    st.builds(AbortRound),
-    st.builds(StartRound, st.integers(1, 2)),
-    st.builds(DropConnection, _members),
-    st.builds(CrashDevice, _devices, st.integers(0, 40), st.booleans()),
-    st.builds(CrashGateway, _gateways, st.sampled_from(After)),
-    st.builds(CrashCoordinator, st.sampled_from(After)),
-    st.builds(Restart, _members),
-    st.builds(BrokerCrash, st.integers(0, 1), st.booleans()),
-    st.builds(Duplicate, _members, st.integers(0, 20)),
-    st.builds(ReplayOld, _messages),
-    st.builds(Corrupt, _messages, st.integers(0, 2000), st.integers(1, 255)),
-    st.builds(SleepDevice, _devices),
-    st.builds(WakeDevice, _devices),
-    st.builds(PartitionSite, _gateways),
-    st.builds(Heal),
-    st.builds(RevokeDevice, _devices),
-)
-_deaths = st.one_of(
-    st.builds(CrashGateway, _gateways, st.sampled_from(After)),
-    st.builds(CrashCoordinator, st.sampled_from(After)),
-    st.builds(CrashDevice, _devices, st.integers(0, 10), st.booleans()),
-    st.builds(DropConnection, _members),
-    st.builds(RevokeDevice, _devices),
-    st.builds(Restart, _members),
-)
-_small_steps = st.one_of(
-    st.builds(Deliver, st.integers(1, 15), _seeds),
-    st.builds(DeviceTrains, _devices),
-    st.builds(Deliver, st.integers(1, 5), _seeds),
-    _deaths,
-)
-_updates_on_their_way = [DeliverAll(), *(DeviceTrains(number + 1) for number in range(DEVICES))]
-_anything = st.lists(st.one_of(_progress, _faults), max_size=40)
-# Half of what happens is the fleet's own work, and half of the runs begin where updates are on their way: else hardly
-# a round would come far enough for a fault to matter.
-operations = st.one_of(
-    _anything,
-    st.lists(_small_steps, min_size=3, max_size=25).map(lambda steps: [*_updates_on_their_way, *steps]),
-)
+    Half of what happens is the fleet's own work, and half of the runs begin where updates are on their way: else hardly
+    a round would come far enough for a fault to matter.
+    """
+    devices = st.integers(1, setting.size)
+    gateways = st.integers(1, GATEWAYS)
+    helper = ["h-main"] if setting.helper else []
+    members = st.sampled_from(["c-main", *SITES, *setting.devices, *helper])
+    seeds = st.integers(0, 1000)
+    messages = st.integers(0, 10_000)
+    crashes = [
+        st.builds(CrashGateway, gateways, st.sampled_from(After)),
+        st.builds(CrashCoordinator, st.sampled_from(After)),
+        *([st.builds(CrashHelper, st.sampled_from(After))] if helper else []),
+    ]
+    progress = st.one_of(
+        st.builds(Deliver, st.integers(1, 12), seeds),
+        st.builds(DeliverAll, seeds),
+        st.builds(DeviceTrains, devices),
+    )
+    faults = st.one_of(
+        st.builds(AdvanceTime, st.sampled_from([10, 1_000, 5_000, 30_000, 61_000, 121_000])),
+        st.builds(AbortRound),
+        st.builds(StartRound, st.integers(1, 2)),
+        st.builds(DropConnection, members),
+        st.builds(CrashDevice, devices, st.integers(0, 40), st.booleans()),
+        *crashes,
+        st.builds(Restart, members),
+        st.builds(BrokerCrash, st.integers(0, 1), st.booleans()),
+        st.builds(Duplicate, members, st.integers(0, 20)),
+        st.builds(ReplayOld, messages),
+        st.builds(Corrupt, messages, st.integers(0, 2000), st.integers(1, 255)),
+        st.builds(SleepDevice, devices),
+        st.builds(WakeDevice, devices),
+        st.builds(PartitionSite, gateways),
+        st.builds(Heal),
+        st.builds(RevokeDevice, devices),
+    )
+    deaths = st.one_of(
+        *crashes,
+        st.builds(CrashDevice, devices, st.integers(0, 10), st.booleans()),
+        st.builds(DropConnection, members),
+        st.builds(RevokeDevice, devices),
+        st.builds(Restart, members),
+    )
+    small_steps = st.one_of(
+        st.builds(Deliver, st.integers(1, 15), seeds),
+        st.builds(DeviceTrains, devices),
+        st.builds(Deliver, st.integers(1, 5), seeds),
+        deaths,
+    )
+    on_their_way = [DeliverAll(), *all_train(setting)]
+    return st.one_of(
+        st.lists(st.one_of(progress, faults), max_size=40),
+        st.lists(small_steps, min_size=3, max_size=25).map(lambda steps: [*on_their_way, *steps]),
+    )
+
+
+def all_train(setting: Setting = PLAIN) -> tuple[Op, ...]:
+    """Every device ends its training."""
+    return tuple(DeviceTrains(number) for number in range(1, setting.size + 1))

@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from fleetfed.cloud_coordinator.storage import restore
+from fleetfed.cloud_coordinator.helper.checks import Job
+from fleetfed.cloud_coordinator.helper.store import Store as HelperStore
+from fleetfed.cloud_coordinator.round import SiteRules
+from fleetfed.cloud_coordinator.secure.seals import Seals
+from fleetfed.cloud_coordinator.storage import restore, tables
+from fleetfed.cloud_coordinator.storage.store import Store
 from fleetfed.device.store import Store as DeviceStore
 from fleetfed.gateway import journal
 from fleetfed.gateway.perform import Performer
+from fleetfed.gateway.record import RoundSecrets
 from fleetfed.gateway.round import RoundMachine
 from fleetfed.gateway.state import GatewayMachine
 from fleetfed.gateway.summation import Summation
 from fleetfed.shared.wire.envelope import MessageId, parse_head
 from fleetfed.shared.wire.topics import Kind, Verb
 from tests.simulation.ops import Op, StartRound, operations
+from tests.simulation.setting import BUCKETS, HELPED, PLAIN, SPLIT, Setting
 from tests.simulation.test_every_step import deaths
 from tests.simulation.world import simulate
 
 RUNS = 200
 NEVER = 1_000_000
+_SPARSE = 31
 
 
 class FoundError(Exception):
@@ -124,7 +134,78 @@ def _census_due_without_a_connection() -> AbstractContextManager[Any]:
     return mock.patch.object(GatewayMachine, "next_deadline", deadline)
 
 
-FAULTS = {
+# --- In rounds of masked updates -------------------------------------------------------------------------------------
+
+
+def _new_secrets_after_restart(*, seal: bool) -> Callable[[], AbstractContextManager[Any]]:
+    decode = RoundSecrets.decode
+
+    def other(stored: bytes) -> RoundSecrets:
+        old = decode(stored)
+        new = RoundSecrets.new(os.urandom, old.seal.suite)
+        return RoundSecrets(new.seal, old.nonce) if seal else RoundSecrets(old.seal, new.nonce)
+
+    return lambda: mock.patch.object(RoundSecrets, "decode", other)
+
+
+def _new_seal_key_of_coordinator() -> AbstractContextManager[Any]:
+    return mock.patch.object(Seals, "of", lambda self, _number, *suite: self.make(*suite))
+
+
+def _commits_forgotten() -> AbstractContextManager[Any]:
+    check = Store._check_schema
+
+    def forgetful(self: Store) -> None:
+        check(self)
+        self._write(sa.delete(tables.exchanges).where(tables.exchanges.c.reveal_head.is_(None)))
+
+    return mock.patch.object(Store, "_check_schema", forgetful)
+
+
+def _reveal_made_anew() -> AbstractContextManager[Any]:
+    # What it is made from stays as well, or there could be no second one.
+    return mock.patch.object(journal, "reveal_rows", return_value=[])
+
+
+def _key_of_coordinator_kept() -> AbstractContextManager[Any]:
+    return mock.patch.object(Store, "drop_seals", return_value=0)
+
+
+def _key_of_gateway_kept() -> AbstractContextManager[Any]:
+    return mock.patch.object(journal, "_ERASE", "SELECT 1")
+
+
+def _log_not_emptied() -> AbstractContextManager[Any]:
+    return mock.patch.object(Store, "wipe", return_value=True)
+
+
+def _minimum_ignored() -> AbstractContextManager[Any]:
+    # The gateway would refuse to follow such a commit; but it must never be signed.
+    return mock.patch.object(SiteRules, "judge", return_value=None)
+
+
+def _helper_adds_another_set() -> AbstractContextManager[Any]:
+    add_up = Job.add_up
+    return mock.patch.object(
+        Job, "add_up", lambda self: add_up(dataclasses.replace(self, sums=tuple(keys[1:] for keys in self.sums)))
+    )
+
+
+def _helper_forgets_its_answers() -> AbstractContextManager[Any]:
+    return mock.patch.multiple(HelperStore, claims=lambda _: [], add_answer=_add_or_replace_answer)
+
+
+def _add_or_replace_answer(self: HelperStore, claim: Any, message: bytes) -> None:
+    self._file.execute("DELETE FROM answers WHERE round = ? AND gateway = ?", (claim.round, claim.gateway))
+    self._file.executemany(
+        "DELETE FROM devices WHERE round = ? AND device = ?", [(claim.round, each) for each in claim.devices]
+    )
+    _add_answer(self, claim, message)
+
+
+_add_answer = HelperStore.add_answer
+
+PLAIN_FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "a receipt leaves before the journal is written": _receipt_before_journal,
     "an accepted update is not stored": _update_not_stored,
     "the gateway's proposal is not stored": _fact_not_stored("proposal"),
@@ -138,16 +219,42 @@ FAULTS = {
     "a device forgets by a restart that it has answered": _trained_twice,
     "a census is due where nobody can be told": _census_due_without_a_connection,
 }
+SPLIT_FAULTS: dict[str, tuple[Setting, Callable[[], AbstractContextManager[Any]]]] = {
+    "the commit is not stored": (SPLIT, _fact_not_stored("commit")),
+    "the coordinator's commit is not stored": (SPLIT, _commits_forgotten),
+    "a gateway's seal key is another after a restart": (SPLIT, _new_secrets_after_restart(seal=True)),
+    "the coordinator's seal key is another after a restart": (SPLIT, _new_seal_key_of_coordinator),
+    "buckets are dealt with a coin that is not stored": (BUCKETS, _new_secrets_after_restart(seal=False)),
+    "a reveal is made anew after a restart": (SPLIT, _reveal_made_anew),
+    "a masked update is added twice after a restart": (SPLIT, _doubled_after_restart),
+    "a repeated masked update counts again": (SPLIT, _duplicate_counts),
+    "what a commit leaves out stays in the masked sum": (SPLIT, _excluded_stays_in_sum),
+    "a device masks two updates for one plan": (SPLIT, _trained_twice),
+    "a sum over too few is committed": (SPLIT, _minimum_ignored),
+    "the coordinator keeps its seal key": (SPLIT, _key_of_coordinator_kept),
+    "a gateway keeps its seal key": (BUCKETS, _key_of_gateway_kept),
+    "the coordinator's log keeps its seal key": (SPLIT, _log_not_emptied),
+    "the helper adds up another set": (HELPED, _helper_adds_another_set),
+    "the helper forgets what it answered": (HELPED, _helper_forgets_its_answers),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("fault", PLAIN_FAULTS)
 def test_random_runs_find(fault: str) -> None:
-    assert runs_until_found(FAULTS[fault]) < NEVER
+    assert runs_until_found(PLAIN_FAULTS[fault]) < NEVER
 
 
-def runs_until_found(plant: Callable[[], AbstractContextManager[Any]]) -> int:
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("fault", SPLIT_FAULTS)
+def test_random_runs_find_in_split_rounds(fault: str) -> None:
+    setting, plant = SPLIT_FAULTS[fault]
+    assert runs_until_found(plant, setting) < NEVER
+
+
+def runs_until_found(plant: Callable[[], AbstractContextManager[Any]], setting: Setting = PLAIN) -> int:
     """How many random runs it takes to fail; `NEVER` for never."""
     runs = 0
 
@@ -155,7 +262,7 @@ def runs_until_found(plant: Callable[[], AbstractContextManager[Any]]) -> int:
         nonlocal runs
         runs += 1
         try:
-            simulate(done, seed=number)
+            simulate(done, seed=number, setting=setting)
         except Exception as error:
             # An assertion here, a program that ended there.
             raise FoundError from error
@@ -169,14 +276,17 @@ def runs_until_found(plant: Callable[[], AbstractContextManager[Any]]) -> int:
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(operations, st.integers(0, 1000))
+    @given(operations(setting), st.integers(0, 1000))
     def look(done: list[Op], number: int) -> None:
         attempt([StartRound(2), *done], number)
 
     with plant(), contextlib.suppress(FoundError):
+        # A death here and there finds most of what a restart forgets.
+        for death in deaths(setting, _SPARSE):
+            attempt(death)
         look()
         # Some windows are too narrow for chance.
-        for operations_ in deaths(1):
-            attempt(operations_)
+        for death in deaths(setting, 1):
+            attempt(death)
         return NEVER
     return runs
