@@ -3,14 +3,15 @@
 The setting of ``wire_accuracy.py`` (582,026 parameters, MNIST, 100 devices with two label shards each, 20 in a round,
 one epoch, 25 rounds). Masked words do not compress, so a body is 8 bytes for each word, whatever is in it. Arms:
 
-``whole``      every value at 4 bits, as plain mode sends it; what the others are compared with
+``whole``      every value at 4 bits, as plain mode sends it, and no momentum; what the others are compared with
+``momentum``   the same with the server momentum that the following have
 ``confined``   what the product does with ``update_bytes``: devices train within the subspace that travels
 ``projected``  devices train everything, and what lies in the same subspace travels
 ``blocks``     devices train everything; as many single values travel, in blocks of 64: those that moved most in the
                last rounds, and a quarter at random
 
-The first three go through the functions that the roles use: choose, train, project, quantize, pack into words (which is
-what a mask is added to), add, unpack, lift, step, patch.
+All but the last go through the functions that the roles use: choose, train, project, quantize, pack into words (which
+is what a mask is added to), add, unpack, lift, step, patch.
 
 Run ``python bench/small_updates.py``; each arm takes five to ten minutes.
 """
@@ -47,7 +48,8 @@ from fleetfed.shared.wire.projection import Projection
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET, MOST_LOSS, LAST = 100_000, 0.01, 10
-ARMS = ("whole", "confined", "projected", "blocks")
+ARMS = ("whole", "momentum", "confined", "projected", "blocks")
+WHOLE = ("whole", "momentum")
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def rounds(fleet: ConfinedFleet, arm: Arm) -> Iterator[Round]:
         travelling = sizes
         if blocks is not None:
             index, travelling = blocks.choose(arm.budget, lane_bits, seed)
-        elif arm.name != "whole":
+        elif arm.name not in WHOLE:
             projection = choose(fleet.card, budget=arm.budget, lane_bits=lane_bits, seed=seed)
             assert projection is not None
             subspace, travelling = Subspace(projection, sizes), projection.sizes
@@ -187,7 +189,7 @@ def main() -> int:
     parser.add_argument("--first-bits", type=int, default=4, help="of their first round")
     parser.add_argument("--multiplier", type=float, default=4.0, help="clip of the small arms, in rms")
     parser.add_argument("--budget", type=int, default=BUDGET, help="most bytes of a masked body of the small arms")
-    parser.add_argument("--momentum", type=float, default=0.0, help="of the server, in every arm")
+    parser.add_argument("--momentum", type=float, default=0.5, help="of the server, in every arm but `whole`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="keep every round's figures here, and take arms measured before from")
     arguments = parser.parse_args()
@@ -208,7 +210,7 @@ def main() -> int:
 
 
 def run(name: str, arguments: argparse.Namespace) -> list[Round]:
-    small = name != "whole"
+    small = name not in WHOLE
     settings = Settings(
         rounds=arguments.rounds,
         devices=100,
@@ -227,7 +229,7 @@ def run(name: str, arguments: argparse.Namespace) -> list[Round]:
         bits=arguments.bits if small else 4,
         multiplier=arguments.multiplier if small else 16.0,
         budget=arguments.budget,
-        momentum=arguments.momentum,
+        momentum=0.0 if name == "whole" else arguments.momentum,
     )
     started, made = time.monotonic(), []
     for number, each in enumerate(rounds(ConfinedFleet(model, arguments.data, settings), arm), start=1):
