@@ -6,14 +6,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import pytest
 from fleetfed_testing.local_fleet import LocalFleet, prepared
 from fleetfed_testing.proxies import Proxy
 
 from fleetfed.cloud_coordinator.demo import layout
 from fleetfed.cloud_coordinator.demo.layout import BROKER, HOST, toml
-
-pytestmark = pytest.mark.timeout(180)
 
 SITE_BROKER = "broker-north"
 

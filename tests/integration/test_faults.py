@@ -15,8 +15,6 @@ from fleetfed_testing.local_fleet import LocalFleet, running
 from fleetfed.cloud_coordinator.demo.layout import BROKER, COORDINATOR
 from fleetfed.shared.wire.messages import Command
 
-pytestmark = pytest.mark.timeout(180)
-
 
 async def assert_counted_once(fleet: LocalFleet, devices: int, *, version: int = 2) -> None:
     """All devices were in the round, each exactly once."""

@@ -10,8 +10,6 @@ from fleetfed_testing.local_fleet import running
 
 from fleetfed.cloud_coordinator.demo.layout import HELPER
 
-pytestmark = pytest.mark.timeout(240)
-
 DEVICES = 4
 LEARNING: dict[str, Any] = {"weighting": "examples", "weight_cap": 500, "error_feedback": True}
 SPLIT: dict[str, Any] = {**LEARNING, "mode": "split", "minimum_cohort": 2, "minimum_owners": 1, "seed_holders": 2}

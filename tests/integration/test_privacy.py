@@ -10,7 +10,6 @@ import pytest
 from fleetfed_testing.local_fleet import running
 
 pytest.importorskip("dp_accounting")
-pytestmark = pytest.mark.timeout(240)
 
 DEVICES, Z = 6, 40.0
 

@@ -17,8 +17,6 @@ from fleetfed.cloud_coordinator.demo.layout import BROKER, COORDINATOR
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.masking import HYBRID
 
-pytestmark = pytest.mark.timeout(240)
-
 DEVICES = 4
 LEARNING: dict[str, Any] = {"weighting": "examples", "weight_cap": 500, "error_feedback": True}
 SPLIT: dict[str, Any] = {**LEARNING, "mode": "split", "minimum_cohort": 2, "minimum_owners": 1}

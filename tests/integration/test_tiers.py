@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 from fleetfed_testing.local_fleet import running
 
-pytestmark = pytest.mark.timeout(240)
-
 ROUNDS = 3
 SETTINGS: dict[str, Any] = {
     "devices": 5,

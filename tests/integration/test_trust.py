@@ -16,8 +16,6 @@ from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.trust.policy import Policy
 from fleetfed.shared.wire.messages import Command, Mode
 
-pytestmark = pytest.mark.timeout(240)
-
 
 async def publish(fleet: LocalFleet, policy: Policy) -> None:
     """What the owners do, with all keys at hand."""

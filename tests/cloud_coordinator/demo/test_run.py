@@ -38,7 +38,7 @@ def demo(directory: Path, *arguments: str) -> tuple[str, ...]:
 
 def run(directory: Path, *arguments: str) -> dict[str, Any]:
     result = subprocess.run(
-        demo(directory, "--json", *arguments), capture_output=True, text=True, timeout=170, check=False
+        demo(directory, "--json", *arguments), capture_output=True, text=True, timeout=4 * PATIENCE, check=False
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
@@ -59,7 +59,6 @@ def survivors(directory: Path) -> list[str]:
     return found
 
 
-@pytest.mark.timeout(180)
 def test_a_small_fleet_learns_and_ends_on_one_file(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     report = run(directory, "--devices", "3", "--gateways", "1", "--rounds", "2")
@@ -83,7 +82,6 @@ def test_a_small_fleet_learns_and_ends_on_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_a_taller_tree_over_mosquitto(tmp_path: Path) -> None:
     from fleetfed.broker.mosquitto import find_mosquitto
 
@@ -97,7 +95,6 @@ def test_a_taller_tree_over_mosquitto(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
 def test_the_default_demo_reaches_its_figures(tmp_path: Path) -> None:
     report = run(tmp_path / "run")
     assert max(report["accuracy_by_round"]) >= 0.93
@@ -124,12 +121,11 @@ class Kept:
         pytest.fail(f"{words!r} never came: {self.process.stderr.read()}")
 
     def end(self) -> tuple[int, str]:
-        _, errors = self.process.communicate(timeout=60)
+        _, errors = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, errors
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_an_interrupt_stops_everything(tmp_path: Path) -> None:
     fleet = Kept(tmp_path / "run", "--devices", "2", "--gateways", "1", "--rounds", "1000")
     fleet.wait_for("accuracy")
@@ -141,7 +137,6 @@ def test_an_interrupt_stops_everything(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_a_dead_process_is_named(tmp_path: Path) -> None:
     fleet = Kept(tmp_path / "run", "--devices", "2", "--gateways", "1", "--rounds", "1000")
     fleet.wait_for("accuracy")
@@ -155,7 +150,6 @@ def test_a_dead_process_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_a_kept_fleet_answers_the_command_line(tmp_path: Path) -> None:
     fleet = Kept(tmp_path / "run", "--devices", "2", "--gateways", "1", "--rounds", "2", "--keep")
     fleet.wait_for("goes on running")
@@ -167,7 +161,7 @@ def test_a_kept_fleet_answers_the_command_line(tmp_path: Path) -> None:
             (sys.executable, "-P", "-m", "fleetfed.cloud_coordinator", *arguments, *options),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE,
             check=False,
         )
         return result.returncode, json.loads(result.stdout) if as_json else result.stdout
@@ -197,7 +191,7 @@ def test_a_kept_fleet_answers_the_command_line(tmp_path: Path) -> None:
         (sys.executable, str(example), str(identity), "127.0.0.1", port),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=True,
     )
     assert json.loads(asked.stdout)["version"] == 4

@@ -22,8 +22,6 @@ from fleetfed.device.cli import main as device_command
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.trust.identity import Identity
 
-pytestmark = pytest.mark.timeout(240)
-
 
 class Enrolment:
     """The service of a local fleet, as a process."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-PATIENCE: Final = 60.0
+PATIENCE: Final = 120.0
 """Seconds that anything may take on a machine that does a lot else: a ceiling, which no test that passes comes near."""
 
 
