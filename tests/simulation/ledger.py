@@ -34,6 +34,7 @@ _NEVER = frozenset(
         RejectReason.BAD_NONCE,
         RejectReason.BODY_MISMATCH,
         RejectReason.CONFLICT,
+        RejectReason.NOT_PROPOSED,
         RejectReason.OUT_OF_RANGE,
         RejectReason.REUSED_SEED,
         RejectReason.WRONG_SHAPE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
@@ -30,7 +30,18 @@ from fleetfed.gateway.state import GatewayMachine
 from fleetfed.gateway.summation import Summation
 from fleetfed.shared.wire.envelope import MessageId, parse_head
 from fleetfed.shared.wire.topics import Kind, Verb
-from tests.simulation.ops import Op, StartRound, operations
+from tests.simulation.ops import (
+    CrashCoordinator,
+    CrashHelper,
+    Deliver,
+    DeliverAll,
+    Op,
+    Restart,
+    RevokeDevice,
+    StartRound,
+    all_train,
+    operations,
+)
 from tests.simulation.setting import BUCKETS, HELPED, PLAIN, SPLIT, Setting
 from tests.simulation.test_every_step import deaths
 from tests.simulation.world import simulate
@@ -254,6 +265,16 @@ def test_random_runs_find_in_split_rounds(fault: str) -> None:
     assert runs_until_found(plant, setting) < NEVER
 
 
+def _pairs(setting: Setting) -> Iterator[tuple[Op, ...]]:
+    """Two things at once that chance seldom brings together."""
+    trained = (StartRound(), DeliverAll(), *all_train(setting))
+    both = (CrashHelper(), CrashCoordinator(), Restart("c-main"), *([Restart("h-main")] if setting.helper else []))
+    for step in range(14, 92, 4):
+        work = Deliver(step, seed=step % 5)
+        yield (*trained, work, RevokeDevice(4), DeliverAll(step))
+        yield (*trained, work, *both, DeliverAll(step))
+
+
 def runs_until_found(plant: Callable[[], AbstractContextManager[Any]], setting: Setting = PLAIN) -> int:
     """How many random runs it takes to fail; `NEVER` for never."""
     runs = 0
@@ -282,7 +303,7 @@ def runs_until_found(plant: Callable[[], AbstractContextManager[Any]], setting: 
 
     with plant(), contextlib.suppress(FoundError):
         # A death here and there finds most of what a restart forgets.
-        for death in deaths(setting, _SPARSE):
+        for death in (*deaths(setting, _SPARSE), *_pairs(setting)):
             attempt(death)
         look()
         # Some windows are too narrow for chance.

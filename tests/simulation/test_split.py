@@ -32,6 +32,7 @@ from tests.simulation.setting import BUCKETS, HELPED, SPLIT, Setting
 from tests.simulation.world import world
 
 pytestmark = pytest.mark.timeout(900)
+_MORE = pytest.mark.slow
 _ALL = pytest.mark.parametrize("setting", [SPLIT, BUCKETS, HELPED], ids=["split", "buckets", "helped"])
 
 
@@ -100,7 +101,7 @@ def test_a_site_that_is_cut_off_beyond_the_end_leaves_no_key() -> None:
     assert play(SPLIT, *steps, DeliverAll()) == {1: 3}
 
 
-@pytest.mark.parametrize("lose", [False, True])
+@pytest.mark.parametrize("lose", [pytest.param(False, marks=_MORE), True])
 @pytest.mark.parametrize("broker", [0, 1])
 def test_a_broker_dies(broker: int, lose: bool) -> None:
     assert play(HELPED, *trained(HELPED), Deliver(30), BrokerCrash(broker, lose)) == {1: 7}
@@ -113,7 +114,7 @@ def test_a_device_dies_with_its_update(step: int) -> None:
 
 
 @pytest.mark.parametrize("after", After)
-@pytest.mark.parametrize("progress", [50, 60, 70, 80])
+@pytest.mark.parametrize("progress", [pytest.param(50, marks=_MORE), 60, 70, pytest.param(80, marks=_MORE)])
 def test_the_helper_dies(progress: int, after: After) -> None:
     steps = (*trained(HELPED), Deliver(progress, seed=progress), CrashHelper(after), DeliverAll(), Restart("h-main"))
     assert play(HELPED, *steps) == {1: 7}
