@@ -59,7 +59,7 @@ def test_the_round_has_no_more_steps(setting: Setting) -> None:
 # Primes, so that a stride meets every member and both kinds of death.
 @pytest.mark.parametrize(
     ("setting", "stride"),
-    [(PLAIN, 97), (SPLIT, 149), (BUCKETS, 193), (HELPED, 193)],
+    [(PLAIN, 151), (SPLIT, 293), (BUCKETS, 389), (HELPED, 389)],
     ids=["plain", "split", "buckets", "helped"],
 )
 def test_death_at_some_steps(setting: Setting, stride: int) -> None:

@@ -65,14 +65,14 @@ def test_a_device_dies_with_its_update(step: int) -> None:
 
 @pytest.mark.parametrize("after", After)
 @pytest.mark.parametrize("gateway", [1, 2, 3])
-@pytest.mark.parametrize("progress", [9, pytest.param(2, marks=_MORE), 25, pytest.param(45, marks=_MORE)])
+@pytest.mark.parametrize("progress", [25, *(pytest.param(step, marks=_MORE) for step in (2, 9, 45))])
 def test_a_gateway_dies(gateway: int, after: After, progress: int) -> None:
     steps = (StartRound(), DeliverAll(), *ALL_TRAIN, Deliver(progress, seed=progress))
     assert play(*steps, CrashGateway(gateway, after), DeliverAll(), Restart(f"g-{gateway}")) == {1: 5}
 
 
 @pytest.mark.parametrize("after", After)
-@pytest.mark.parametrize("progress", [pytest.param(2, marks=_MORE), 20, 40, pytest.param(55, marks=_MORE), 70])
+@pytest.mark.parametrize("progress", [40, 70, *(pytest.param(step, marks=_MORE) for step in (2, 20, 55))])
 def test_the_coordinator_dies(after: After, progress: int) -> None:
     steps = (StartRound(), DeliverAll(), *ALL_TRAIN, Deliver(progress, seed=progress))
     assert play(*steps, CrashCoordinator(after), DeliverAll(), Restart("c-main")) == {1: 5}
