@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Everything that tests write is made durable many thousand times over, which a memory file system does at no cost.
 MEMORY = Path("/dev/shm")
 if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2 << 30:
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+    os.environ.setdefault("TMPDIR", str(MEMORY))
+    tempfile.tempdir = None
 
 # The same examples in every run, and no verdict on how fast a shared machine was just now.
 settings.register_profile("fleetfed", derandomize=True, deadline=None)
