@@ -21,6 +21,7 @@ from fleetfed.broker.embedded import EmbeddedBroker, tune_process
 from fleetfed.broker.mosquitto import find_mosquitto, probe
 from fleetfed.broker.render import load_inventory, render
 from fleetfed.shared.errors import FleetFedError
+from fleetfed.shared.systemd import Notifier, beat
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,10 +55,14 @@ async def _serve(config: BrokerConfig) -> int:
     reloader = asyncio.create_task(_reload(broker, hangup), name="broker-reload")
     failure = asyncio.create_task(broker.failed.wait(), name="broker-failure")
     stop = asyncio.create_task(stopped.wait(), name="broker-stop")
+    notifier = Notifier()
+    life = asyncio.create_task(beat(notifier), name="broker-systemd")
+    notifier.ready(f"listening on {config.host}:{broker.port}")
     try:
         await asyncio.wait((failure, stop), return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in (reloader, failure, stop):
+        notifier.stopping()
+        for task in (reloader, failure, stop, life):
             task.cancel()
         await broker.stop()
     if broker.failure is not None:

@@ -31,6 +31,7 @@ from fleetfed.shared.mqtt.config import Will
 from fleetfed.shared.mqtt.errors import PublishRefusedError, SessionLostError
 from fleetfed.shared.mqtt.meter import ByteMeter
 from fleetfed.shared.mqtt.session import Session
+from fleetfed.shared.systemd import Notifier, beat
 from fleetfed.shared.telemetry import peak_mb
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
@@ -168,6 +169,7 @@ class Runtime:
             raise
         self._sender = Sender(self._session)
         self._written_rounds = -1
+        self._systemd = Notifier()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run until ``stop`` is set.
@@ -176,6 +178,7 @@ class Runtime:
             StorageError: durable state cannot be written.
         """
         tasks: list[asyncio.Task[Any]] = []
+        life = asyncio.create_task(beat(self._systemd), name="systemd")
         try:
             # Before anything can arrive.
             run = self._coordinator.machine.run.settings
@@ -192,11 +195,12 @@ class Runtime:
             if stopping not in done:
                 for each in done:
                     each.result()
+            self._systemd.stopping()
             await self._farewell()
         finally:
-            for task in reversed(tasks):
+            for task in (*reversed(tasks), life):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, life, return_exceptions=True)
             await self._coordinator.stop()
             write_atomic(self._config.state / "status.json", self._status())
             self._store.close()
@@ -210,6 +214,7 @@ class Runtime:
 
     async def _connected(self, session_present: bool) -> None:
         self._sender.put(self._node(Life.READY))
+        self._systemd.ready("connected")
         if self._sender.stale or not session_present:
             self._sender.stale = False
             self._coordinator.publish_everything()

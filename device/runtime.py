@@ -34,6 +34,7 @@ from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.machine import TimerFired
 from fleetfed.shared.model.step import bound_of
 from fleetfed.shared.mqtt.config import Will
+from fleetfed.shared.systemd import Notifier
 from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.keeper import TrustKeeper
 from fleetfed.shared.trust.sequence import SequenceFile
@@ -123,6 +124,7 @@ class DeviceRuntime:
         renewal = Renewal(settings.identity, clock=clock, done=self._inbox.put)
         self._renewal = RenewalThread(settings.identity, renewal)
         self._finished: Finished | None = None
+        self._systemd = Notifier()
         self._status = StatusFile(store.directory / "status.json", device=self._id, software=software)
         self._stopping = False
         self._stopped = False
@@ -175,7 +177,9 @@ class DeviceRuntime:
     def _turn(self) -> None:
         """Wait for one thing and deal with it."""
         item = self._next()
+        self._systemd.alive()
         if self._stopping:
+            self._systemd.stopping()
             self._handle(events.StopRequested())
             return
         if isinstance(item, Received):
@@ -185,9 +189,11 @@ class DeviceRuntime:
         elif isinstance(item, Connected):
             self._sender.connected()
             self._handle(events.Connected())
+            self._systemd.ready("connected")
         elif isinstance(item, Disconnected):
             _log.info("connection lost: %s", item.reason)
             self._sender.disconnected()
+            self._systemd.status("not connected")
             self._handle(events.Disconnected())
         elif isinstance(item, Finished):
             self._finished = item
@@ -211,6 +217,9 @@ class DeviceRuntime:
                 self._write_status()
         deadline = self._machine.next_deadline()
         wait = None if deadline is None else max((deadline - self._clock()) / 1000, _SHORTEST_WAIT)
+        watched = self._systemd.interval
+        if watched is not None:
+            wait = watched if wait is None else min(wait, watched)
         try:
             return self._inbox.get(timeout=wait)
         except queue.Empty:

@@ -35,6 +35,7 @@ from fleetfed.shared.machine import TimerFired
 from fleetfed.shared.mqtt.config import Will
 from fleetfed.shared.mqtt.errors import PublishRefusedError
 from fleetfed.shared.mqtt.session import Session
+from fleetfed.shared.systemd import Notifier, beat
 from fleetfed.shared.telemetry import Counters
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
@@ -173,6 +174,7 @@ class Gateway:
             clock=unix_ms,
             trusted=self._new_trust,
         )
+        self._systemd = Notifier()
         self._timer_changed = asyncio.Event()
         self._stop = asyncio.Event()
         self._site_up = asyncio.Event()
@@ -247,6 +249,7 @@ class Gateway:
                     group.create_task(self._pipeline.run(), name="gateway-pipeline"),
                     group.create_task(self._worker.run(), name="gateway-worker"),
                     group.create_task(self._tick(), name="gateway-timer"),
+                    group.create_task(beat(self._systemd), name="gateway-systemd"),
                     group.create_task(self.relay.run(), name="gateway-relay"),
                     group.create_task(self._below.run(), name="gateway-below"),
                 ]
@@ -257,6 +260,7 @@ class Gateway:
                     self._fed(ev.CoordinatorsChanged(listed=frozenset(self.trust.coordinators)))
                 self._timer_changed.set()
                 await self._stop.wait()
+                self._systemd.stopping()
                 await self._goodbye()
                 for task in tasks:
                     task.cancel()
@@ -334,12 +338,14 @@ class Gateway:
         await self._say(self._above, self.upstream.up(Kind.GATEWAY, self.id, Verb.STATE), birth)
         self.relay.reconnected()
         self._fed(ev.UpstreamConnected())
+        self._systemd.ready("connected")
 
     async def _on_both(self, session_present: bool) -> None:
         await self._on_below(session_present)
         await self._on_above(session_present)
 
     async def _on_above_lost(self, reason: str) -> None:
+        self._systemd.status("not connected upstream")
         self._fed(ev.UpstreamLost())
 
     async def _on_message(self, topic: str, payload: bytes, retained: bool) -> None:

@@ -30,6 +30,7 @@ from fleetfed.cloud_coordinator.enroll.http import HttpServer, Request, Response
 from fleetfed.cloud_coordinator.enroll.ratelimit import RateLimit
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError, FleetFedError, RejectReason, RemoteProtocolError, StorageError
+from fleetfed.shared.systemd import Notifier, beat
 from fleetfed.shared.trust.identity import TLS_DIRECTORY
 from fleetfed.shared.wire.enrolment import MAX_REQUEST, Purpose
 
@@ -137,10 +138,15 @@ class EnrolService:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until ``stop``."""
         daily = asyncio.create_task(self._daily(), name="enroll-daily")
+        notifier = Notifier()
+        life = asyncio.create_task(beat(notifier), name="enroll-systemd")
+        notifier.ready(f"listening on {self._settings.host}:{self.http.port}")
         try:
             await stop.wait()
         finally:
+            notifier.stopping()
             daily.cancel()
+            life.cancel()
             await self.http.stop()
 
     async def _daily(self) -> None:

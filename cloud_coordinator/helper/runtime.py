@@ -28,6 +28,7 @@ from fleetfed.shared.mqtt.config import Will
 from fleetfed.shared.mqtt.errors import PublishRefusedError, SessionLostError
 from fleetfed.shared.mqtt.session import Session
 from fleetfed.shared.secure.box import SealSecret
+from fleetfed.shared.systemd import Notifier, beat
 from fleetfed.shared.telemetry import Counters
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
@@ -103,6 +104,7 @@ class Helper:
         self._one = asyncio.Lock()
         self._timer_changed = asyncio.Event()
         self._stop = asyncio.Event()
+        self._systemd = Notifier()
         self._load_revocations()
         lost = Will(topic=self._up(Verb.STATE), payload=self._presence(Life.LOST, since=0))
         self._session = Session(
@@ -138,8 +140,10 @@ class Helper:
                 tasks = [
                     group.create_task(self._session.run(), name="helper-session"),
                     group.create_task(self._tick(), name="helper-timer"),
+                    group.create_task(beat(self._systemd), name="helper-systemd"),
                 ]
                 await self._stop.wait()
+                self._systemd.stopping()
                 await self._goodbye()
                 for task in tasks:
                     task.cancel()
@@ -196,6 +200,7 @@ class Helper:
     async def _on_connect(self, session_present: bool) -> None:
         await self._publish(self._up(Verb.STATE), self._presence(Life.READY, since=self.clock()), retain=True)
         await self._feed(ev.Connected())
+        self._systemd.ready("connected")
         await self._save_status()
 
     async def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
