@@ -25,7 +25,6 @@ from typing import Annotated, Final
 
 from fleetfed.device.disk import Disk
 from fleetfed.shared.errors import LocalProtocolError, RemoteProtocolError, StorageError
-from fleetfed.shared.privacy.cost import Cost, participation, together, within
 from fleetfed.shared.trust.policy import PrivacyFloor
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.codec import Length, Range
@@ -84,14 +83,21 @@ class Account:
         since = plan.round - self.last_round
         if self.rounds and since < apart:
             return DeclineReason.TOO_SOON, f"{since} rounds after round {self.last_round}, {apart} are due"
-        if floor is not None and not within(self._with(plan), floor.max_epsilon, floor.max_delta):
+        if floor is None:
+            return None
+        # Imported late, as below: a device in plain rounds carries nothing of this.
+        from fleetfed.shared.privacy.cost import within
+
+        if not within(self._with(plan), floor.max_epsilon, floor.max_delta):
             return (
                 DeclineReason.PRIVACY_BUDGET,
                 f"one more would cost more than the policy's epsilon {floor.max_epsilon:g}",
             )
         return None
 
-    def _with(self, plan: Plan) -> Cost:
+    def _with(self, plan: Plan) -> tuple[float, ...]:
+        from fleetfed.shared.privacy.cost import participation, together
+
         assert plan.privacy is not None
         return together(self.cost, participation(plan.privacy, plan.dimension))
 
