@@ -197,7 +197,12 @@ def _member_lines(fleet: str, site: str, kind: Kind, name: str) -> list[str]:
 
 
 def render(
-    inventory: Inventory, config: BrokerConfig, directory: Path, *, version: tuple[int, ...] = (2, 0, 11)
+    inventory: Inventory,
+    config: BrokerConfig,
+    directory: Path,
+    *,
+    version: tuple[int, ...] = (2, 0, 11),
+    at: Path | None = None,
 ) -> list[Path]:
     """Write ``acl`` and ``mosquitto.conf`` into ``directory``.
 
@@ -206,6 +211,7 @@ def render(
         config: address, TLS files and limits; its ``acl_file`` is replaced by the one written here.
         directory: made if it is missing.
         version: the Mosquitto that will read the configuration (`fleetfed.broker.mosquitto.probe`).
+        at: where the broker finds ``directory``, if that is elsewhere: on another machine, or in a container.
 
     Returns:
         the files written.
@@ -220,7 +226,7 @@ def render(
         directory.mkdir(parents=True, exist_ok=True)
         acl.write_text(render_acl(inventory))
         acl.chmod(_FILE_MODE)
-        conf.write_text(render_config(config, version=version, acl_file=acl.absolute()))
+        conf.write_text(render_config(config, version=version, acl_file=(at or directory.absolute()) / acl.name))
         conf.chmod(_FILE_MODE)
     except OSError as error:
         raise ConfigError(f"{directory}: {error.strerror}") from error

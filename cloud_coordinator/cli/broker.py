@@ -53,6 +53,7 @@ def run(config: Path) -> int:
 @click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on (with --identity).")  # noqa: S104
 @click.option("--port", type=click.IntRange(1, 65535), default=8883, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where the files go.")
+@click.option("--at", type=click.Path(path_type=Path), help="Where the broker finds them, if that is elsewhere.")
 @output.json_option
 def render_(
     keys: Path | None,
@@ -64,6 +65,7 @@ def render_(
     host: str,
     port: int,
     out: Path,
+    at: Path | None,
     as_json: bool,
 ) -> None:
     """Write the access list and mosquitto.conf for a broker, from the keys that were issued."""
@@ -83,7 +85,7 @@ def render_(
         assert identity is not None
         settings = BrokerConfig(host=host, port=port, tls=broker_tls(identity))
     version = probe() if find_mosquitto() is not None else None
-    files = render(members, settings, out, version=version) if version else render(members, settings, out)
+    files = render(members, settings, out, at=at, **({"version": version} if version else {}))
     if as_json:
         output.print_json({"files": files, "mosquitto": version, "members": len(members.members)})
         return
