@@ -165,21 +165,17 @@ class LaneLayout:
             raise RemoteProtocolError(RejectReason.OUT_OF_RANGE, f"a value does not fit {self.lane_bits} bits")
         n, combine = self.value_words, np.subtract if negate else np.add
         scratch = np.empty(min(_CHUNK, n), dtype=np.int64)
-        bits = np.uint64(self.lane_bits % WORD_BITS)
         for start in range(0, n, _CHUNK):
             stop = min(start + _CHUNK, n)
-            lane = scratch[: stop - start]
-            word = np.zeros(stop - start, dtype=np.uint64)
-            # Horner from the highest lane down: the sign of a lane borrows from the one above it, which is
-            # exactly what unpacking undoes.
-            for i in reversed(range(self.lanes)):
+            for i in range(self.lanes):
                 part = values[i * n + start : min(i * n + stop, self.dimension)]
-                np.left_shift(word, bits, out=word)
-                if part.size:
-                    lane[: part.size] = part
-                    word[: part.size] += lane[: part.size].view(np.uint64)
-            target = words[start:stop]
-            combine(target, word, out=target)
+                # The sign of a lane borrows from the one above it, which is exactly what unpacking undoes.
+                lane = scratch[: part.size]
+                lane[:] = part
+                if i:
+                    np.left_shift(lane, np.int64(i * self.lane_bits), out=lane)
+                target = words[start : start + part.size]
+                combine(target, lane.view(np.uint64), out=target)
         tail = words[n:]
         combine(tail, meta, out=tail)
 
