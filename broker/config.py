@@ -16,6 +16,10 @@ Example of a file::
     [limits]
     max_connections = 2000
 
+    [bridge]                            # Mosquitto only
+    host = "mqtt.example.org"
+    tls = { ca = "bridge/ca.pem", cert = "bridge/cert.pem", key = "bridge/key.pem" }
+
 Relative paths are taken from the file's own folder. Unknown keys are refused.
 """
 
@@ -92,6 +96,35 @@ class Limits:
                 raise ConfigError(f"limits.{name} is {getattr(self, name)}: MQTT allows at most 65535")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bridge:
+    """The way from a site's broker to the one above; who goes it is in the inventory. Mosquitto only.
+
+    Attributes:
+        host: the broker above; its certificate must name it.
+        port: TCP port.
+        tls: the bridge's own identity (``fleetfed keys issue --role bridge``); ``crl`` is not checked.
+        keepalive: seconds of silence until a probe; after one and a half times this the way is taken for broken.
+        reconnect_cap: most seconds between two attempts to connect.
+    """
+
+    host: str
+    port: int = 8883
+    tls: TlsFiles
+    keepalive: int = 15
+    reconnect_cap: int = 30
+
+    def __post_init__(self) -> None:
+        if not self.host or any(character.isspace() for character in self.host):
+            raise ConfigError(f"bridge.host {self.host!r}: give the name or address of the broker above")
+        if not 1 <= self.port <= 0xFFFF:
+            raise ConfigError(f"bridge.port {self.port}: give 1 to 65535")
+        if not 5 <= self.keepalive <= 300:
+            raise ConfigError(f"bridge.keepalive {self.keepalive}: give 5 to 300 seconds")
+        if not 1 <= self.reconnect_cap <= 3600:
+            raise ConfigError(f"bridge.reconnect_cap {self.reconnect_cap}: give 1 to 3600 seconds")
+
+
 @dataclass(frozen=True, slots=True)
 class BrokerConfig:
     """One broker with one listener, or two.
@@ -107,6 +140,7 @@ class BrokerConfig:
         plain_port: a second, plain listener on 127.0.0.1, for measurements and tests; 0 picks a free port.
         sys_interval: seconds between two publications of ``$SYS``; 0 turns it off.
         limits: every bound.
+        bridge: the way to the broker above, which the embedded broker does not have.
     """
 
     host: str = "127.0.0.1"
@@ -117,6 +151,7 @@ class BrokerConfig:
     plain_port: int | None = None
     sys_interval: float = 10.0
     limits: Limits = field(default_factory=Limits)
+    bridge: Bridge | None = None
 
     def __post_init__(self) -> None:
         for port in (self.port, self.plain_port or 0):

@@ -8,6 +8,10 @@ A kind of which members are listed gets exact blocks, one per member. A kind wit
 hold for every certificate: then a device need not be listed before it connects, at the price that it may read the
 broadcasts of every site on this broker (they are signed, and meant for many) and may speak under its own id at any of
 them and as any such kind (its certificate, which receivers check, says which it is).
+
+A site's broker may be *bridged* to the one above. Then its gateway speaks with its own broker alone, and may write and
+read there what a member of the upper site does; the bridge, a client of the upper broker with an identity of its own,
+has that gateway's rights there and no others.
 """
 
 from __future__ import annotations
@@ -19,15 +23,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from fleetfed.broker.config import BrokerConfig
+from fleetfed.broker.config import Bridge, BrokerConfig
 from fleetfed.broker.mosquitto import render_config
 from fleetfed.shared.errors import ConfigError, LocalProtocolError
-from fleetfed.shared.wire.topics import CLOUD_SITE, PREFIX, Direction, Kind, SiteTopics, check_id
+from fleetfed.shared.wire.topics import (
+    CLOUD_SITE,
+    PREFIX,
+    VERBS,
+    Broadcast,
+    Direction,
+    Kind,
+    SiteTopics,
+    Verb,
+    check_id,
+)
 
 _MEMBER_KINDS: Final = (Kind.DEVICE, Kind.GATEWAY)
 _LISTED_KINDS: Final = (*_MEMBER_KINDS, Kind.HELPER)
 """There are never many helpers, so they get exact blocks always."""
 _FILE_MODE: Final = 0o644
+_KEYS: Final = frozenset({"fleet", "sites", "operators", "members", "bridges", "uplinks"})
+_CARRIED: Final = (Broadcast.REVOKED, Broadcast.TRUST, Broadcast.MODEL, Broadcast.PLAN, Broadcast.NODE)
+"""What a gateway hears from the site above; the status is for those who watch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +60,19 @@ class Member:
     site: str
 
 
+@dataclass(frozen=True, slots=True)
+class Uplink:
+    """Whom a bridge of this broker carries, and where to.
+
+    Attributes:
+        node: the gateway that serves a site of this broker.
+        site: the site above, of which it is a member.
+    """
+
+    node: str
+    site: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:
     """Who uses one broker.
@@ -54,9 +84,11 @@ class Inventory:
         operators: ids of those who may send commands; they need ``_`` on this broker.
         members: id to place, as far as known.
         denied: ids that are shut out of everything, whatever pattern would let them in.
+        bridges: ids of bridges that come from other brokers, to the gateway, a member here, that each acts for.
+        uplinks: ids of this broker's own bridges, to what each carries.
 
     Raises:
-        ConfigError: an id is not allowed, or a member's site is not on this broker.
+        ConfigError: an id is not allowed, a member's site is not on this broker, or a bridge is for nobody on it.
     """
 
     fleet: str
@@ -64,6 +96,8 @@ class Inventory:
     operators: tuple[str, ...] = ()
     members: Mapping[str, Member] = field(default_factory=dict)
     denied: tuple[str, ...] = ()
+    bridges: Mapping[str, str] = field(default_factory=dict)
+    uplinks: Mapping[str, Uplink] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         try:
@@ -75,11 +109,15 @@ class Inventory:
                 check_id(operator, "operator")
             for name in (*self.members, *self.denied):
                 check_id(name, "member")
+            for name in (*self.bridges, *self.uplinks):
+                check_id(name, "bridge")
+            for uplink in self.uplinks.values():
+                check_id(uplink.site, "site")
         except LocalProtocolError as error:
             raise ConfigError(str(error)) from error
         if not self.sites:
             raise ConfigError("the inventory has no site")
-        if wanted := sorted(set(self.denied) & {*self.members, *self.operators, *self.sites.values()}):
+        if wanted := sorted(set(self.denied) & {*self.members, *self.operators, *self.sites.values(), *self.bridges}):
             raise ConfigError(f"{wanted[0]} is denied and a member at once")
         if self.operators and CLOUD_SITE not in self.sites:
             raise ConfigError(f"operators belong to site {CLOUD_SITE!r}, which is not on this broker")
@@ -90,6 +128,20 @@ class Inventory:
                 raise ConfigError(f"member {name}: kind {member.kind!r} is not d, g or h")
             if member.kind is Kind.HELPER and member.site != CLOUD_SITE:
                 raise ConfigError(f"member {name}: a helper belongs to site {CLOUD_SITE!r}")
+        self._check_bridges()
+
+    def _check_bridges(self) -> None:
+        for name, gateway in self.bridges.items():
+            member = self.members.get(gateway)
+            if member is None or member.kind is not Kind.GATEWAY:
+                raise ConfigError(f"bridge {name}: {gateway} is no gateway and member of a site on this broker")
+            if name in self.members or name in self.operators or name in self.sites.values():
+                raise ConfigError(f"bridge {name}: it is a member, too; a bridge has an identity of its own")
+        for name, uplink in self.uplinks.items():
+            if uplink.node not in self.sites.values():
+                raise ConfigError(f"bridge {name}: {uplink.node} serves no site of this broker")
+            if uplink.site in self.sites:
+                raise ConfigError(f"bridge {name}: site {uplink.site!r} is on this broker, so nothing leads there")
 
 
 def load_inventory(path: Path) -> Inventory:
@@ -105,6 +157,10 @@ def load_inventory(path: Path) -> Inventory:
         [members]
         g-north = { kind = "g", site = "_" }
         d-01 = { kind = "d", site = "north" }
+        [bridges]                                  # from other brokers: who acts for which member
+        b-south = "g-south"
+        [uplinks]                                  # of this broker: who carries which node to which site
+        b-east = { node = "g-east", site = "_" }
 
     Raises:
         ConfigError: the file is missing or wrong.
@@ -122,8 +178,8 @@ def load_inventory(path: Path) -> Inventory:
 
 
 def _inventory(table: Mapping[str, Any]) -> Inventory:
-    if unknown := table.keys() - {"fleet", "sites", "operators", "members"}:
-        raise ConfigError(f"unknown key {sorted(unknown)[0]}; known are fleet, sites, operators, members")
+    if unknown := table.keys() - _KEYS:
+        raise ConfigError(f"unknown key {sorted(unknown)[0]}; known are {', '.join(sorted(_KEYS))}")
     fleet, sites = table.get("fleet"), table.get("sites")
     operators, members = table.get("operators", []), table.get("members", {})
     if not isinstance(fleet, str):
@@ -139,7 +195,19 @@ def _inventory(table: Mapping[str, Any]) -> Inventory:
         if not isinstance(place, dict) or place.keys() != {"kind", "site"} or place["kind"] not in set(_LISTED_KINDS):
             raise ConfigError(f'member {name}: give {{ kind = "d", "g" or "h", site = "…" }}')
         placed[name] = Member(Kind(place["kind"]), str(place["site"]))
-    return Inventory(fleet=fleet, sites=sites, operators=tuple(operators), members=placed)
+    bridges, uplinks = table.get("bridges", {}), table.get("uplinks", {})
+    if not isinstance(bridges, dict) or not all(isinstance(gateway, str) for gateway in bridges.values()):
+        raise ConfigError("bridges must be a table of id = gateway's id")
+    if not isinstance(uplinks, dict):
+        raise ConfigError('uplinks must be a table of id = { node = "…", site = "…" }')
+    carried: dict[str, Uplink] = {}
+    for name, what in uplinks.items():
+        if not isinstance(what, dict) or what.keys() != {"node", "site"}:
+            raise ConfigError(f'uplink {name}: give {{ node = "…", site = "…" }}')
+        carried[name] = Uplink(str(what["node"]), str(what["site"]))
+    return Inventory(
+        fleet=fleet, sites=sites, operators=tuple(operators), members=placed, bridges=bridges, uplinks=carried
+    )
 
 
 def render_inventory(inventory: Inventory) -> str:
@@ -150,6 +218,12 @@ def render_inventory(inventory: Inventory) -> str:
     lines.append("[members]")
     for name, member in sorted(inventory.members.items()):
         lines.append(f"{name} = {{ kind = {json.dumps(str(member.kind))}, site = {json.dumps(member.site)} }}")
+    if inventory.bridges:
+        lines += ["", "[bridges]", *(f"{name} = {json.dumps(to)}" for name, to in sorted(inventory.bridges.items()))]
+    if inventory.uplinks:
+        lines += ["", "[uplinks]"]
+    for name, uplink in sorted(inventory.uplinks.items()):
+        lines.append(f"{name} = {{ node = {json.dumps(uplink.node)}, site = {json.dumps(uplink.site)} }}")
     return "\n".join((*lines, ""))
 
 
@@ -178,6 +252,13 @@ def render_acl(inventory: Inventory) -> str:
         users.setdefault(name, []).extend(_member_lines(inventory.fleet, member.site, member.kind, name))
     for name in inventory.operators:
         users.setdefault(name, []).extend(_member_lines(inventory.fleet, CLOUD_SITE, Kind.OPERATOR, name))
+    for name, gateway in inventory.bridges.items():
+        site = inventory.members[gateway].site
+        users.setdefault(name, []).extend(_member_lines(inventory.fleet, site, Kind.GATEWAY, gateway))
+    for uplink in inventory.uplinks.values():
+        users[uplink.node].extend(_member_lines(inventory.fleet, uplink.site, Kind.GATEWAY, uplink.node))
+        # What its own broker says of the bridge.
+        users[uplink.node].append(f"topic read {_link(inventory.fleet, uplink)}")
     for name in inventory.denied:
         users[name] = [f"topic deny {PREFIX}/{inventory.fleet}/#"]
     blocks = [f"# Who may read and write what in fleet {inventory.fleet}; rendered, do not edit.\n"]
@@ -194,6 +275,59 @@ def _member_lines(fleet: str, site: str, kind: Kind, name: str) -> list[str]:
         f"topic read {root}/{kind}/{name}/{Direction.DOWN}/+",
         f"topic read {root}/b/#",
     ]
+
+
+def _link(fleet: str, uplink: Uplink) -> str:
+    return SiteTopics(fleet, uplink.site).up(Kind.GATEWAY, uplink.node, Verb.LINK)
+
+
+def render_bridge(inventory: Inventory, bridge: Bridge) -> str:
+    """The part of Mosquitto's configuration that connects a site's broker to the one above.
+
+    Carried are exactly the topics that the site's gateway says and hears as a member of the site above. Queues and the
+    session outlive both brokers; what is lost all the same, the two ends say again once the bridge is back.
+
+    Raises:
+        ConfigError: the inventory has no bridge of this broker, or several.
+    """
+    if len(inventory.uplinks) != 1:
+        raise ConfigError(
+            f"[bridge] carries one site's gateway, and the inventory has {len(inventory.uplinks)} for this broker: "
+            "give --site, and issue the bridge with `fleetfed keys issue NAME --role bridge --site SITE`"
+        )
+    ((name, uplink),) = inventory.uplinks.items()
+    topics = SiteTopics(inventory.fleet, uplink.site)
+    mine = [(verb, rule) for verb, rule in VERBS.items() if Kind.GATEWAY in rule.kinds]
+    said = [topics.up(Kind.GATEWAY, uplink.node, verb) for verb, rule in mine if rule.direction is Direction.UP]
+    heard = [topics.down(Kind.GATEWAY, uplink.node, verb) for verb, rule in mine if rule.direction is Direction.DOWN]
+    heard += [topics.broadcast(what) for what in _CARRIED]
+    link = _link(inventory.fleet, uplink)
+    lines = [
+        "",
+        f"connection {name}",
+        f"address {bridge.host}:{bridge.port}",
+        f"bridge_cafile {bridge.tls.ca}",
+        f"bridge_certfile {bridge.tls.cert}",
+        f"bridge_keyfile {bridge.tls.key}",
+        # With the private bit of this version the broker above leaves the retain flag on what it sends live.
+        "bridge_protocol_version mqttv311",
+        "try_private true",
+        f"remote_clientid {name}",
+        "cleansession false",
+        "local_cleansession false",
+        "start_type automatic",
+        f"restart_timeout 1 {bridge.reconnect_cap}",
+        f"keepalive_interval {bridge.keepalive}",
+        # Here and, by the bridge's will, above: who waits for the gateway must learn that the way is broken.
+        "notifications true",
+        f"notification_topic {link}",
+        "bridge_attempt_unsubscribe false",
+        # The link itself is said to either broker by its own end: carried, an old word would arrive after a new one.
+        *(f"topic {topic} out 1" for topic in said if topic != link),
+        *(f"topic {topic} in 1" for topic in heard),
+        f"topic {topics.root}/b/blob/# in 1",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def render(
@@ -217,16 +351,18 @@ def render(
         the files written.
 
     Raises:
-        ConfigError: the directory cannot be written.
+        ConfigError: the directory cannot be written, or there is nobody for ``[bridge]`` to carry.
     """
     if config.port == 0:
         raise ConfigError("give the broker a port: a rendered configuration cannot pick a free one")
+    bridge = "" if config.bridge is None else render_bridge(inventory, config.bridge)
     acl, conf = directory / "acl", directory / "mosquitto.conf"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         acl.write_text(render_acl(inventory))
         acl.chmod(_FILE_MODE)
-        conf.write_text(render_config(config, version=version, acl_file=(at or directory.absolute()) / acl.name))
+        text = render_config(config, version=version, acl_file=(at or directory.absolute()) / acl.name)
+        conf.write_text(text + bridge)
         conf.chmod(_FILE_MODE)
     except OSError as error:
         raise ConfigError(f"{directory}: {error.strerror}") from error

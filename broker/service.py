@@ -20,7 +20,7 @@ from fleetfed.broker.config import BrokerConfig, load_config
 from fleetfed.broker.embedded import EmbeddedBroker, tune_process
 from fleetfed.broker.mosquitto import find_mosquitto, probe
 from fleetfed.broker.render import load_inventory, render
-from fleetfed.shared.errors import FleetFedError
+from fleetfed.shared.errors import ConfigError, FleetFedError
 from fleetfed.shared.systemd import Notifier, beat
 
 _LOG = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ def run_broker(config: BrokerConfig) -> int:
 
 
 async def _serve(config: BrokerConfig) -> int:
+    if config.bridge is not None:
+        raise ConfigError("[bridge] needs Mosquitto: the embedded broker has no way to another one")
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     hangup = asyncio.Event()

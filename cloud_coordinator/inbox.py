@@ -13,10 +13,12 @@ from typing import Final, TypeVar
 
 from fleetfed.cloud_coordinator.book import Revealed
 from fleetfed.cloud_coordinator.events import Named, ProposalVerified, RevealVerified
+from fleetfed.cloud_coordinator.fleet import MAX_GATEWAYS
 from fleetfed.cloud_coordinator.proposals import THREAD_FROM, PlanInForce, verify_proposal
 from fleetfed.cloud_coordinator.service import Coordinator
 from fleetfed.shared.aggregate.accumulator import decode_words, max_words_body
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
+from fleetfed.shared.uplinks import Uplinks, parse_link
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.chunks import Assembler, parse_chunk
 from fleetfed.shared.wire.envelope import Digest, Head, MessageKind, open_body, parse_head
@@ -51,12 +53,13 @@ class Inbox:
         self._coordinator = coordinator
         self._control = control
         self._assemblers: dict[tuple[str, Verb], Assembler] = {}
+        self._uplinks = Uplinks(limit=MAX_GATEWAYS)
 
     @property
     def subscriptions(self) -> list[str]:
         """The filters that the coordinator listens to."""
         topics = self._coordinator.topics
-        verbs = (Verb.STATE, Verb.CENSUS, Verb.PROPOSE, Verb.REVEAL, Verb.NEED)
+        verbs = (Verb.LINK, Verb.STATE, Verb.CENSUS, Verb.PROPOSE, Verb.REVEAL, Verb.NEED)
         return [
             topics.all_up(Kind.OPERATOR, Verb.REQUEST),
             *(topics.all_up(Kind.HELPER, verb) for verb in (Verb.STATE, Verb.KEY, Verb.MASKS)),
@@ -81,8 +84,10 @@ class Inbox:
         match topic.kind, topic.verb:
             case Kind.GATEWAY, Verb.STATE:
                 presence = codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE) if payload else None
-                if coordinator.fleet.presence(member, presence):
+                if coordinator.fleet.presence(member, self._uplinks.presence(member, presence)):
                     coordinator.fleet_changed()
+            case Kind.GATEWAY, Verb.LINK:
+                self._link(member, parse_link(payload))
             case Kind.GATEWAY, Verb.CENSUS:
                 self._census(member, payload)
             case Kind.GATEWAY, Verb.NEED:
@@ -102,6 +107,12 @@ class Inbox:
                 await self._control(member, payload)
             case _:
                 raise RemoteProtocolError(RejectReason.MALFORMED, f"{topic.kind.name} says {topic.verb.name}")
+
+    def _link(self, gateway: str, up: bool | None) -> None:
+        presence = self._uplinks.link(gateway, up)
+        if presence is not None and self._coordinator.fleet.presence(gateway, presence):
+            _log.info("%s: its bridge is %s", gateway, "down" if up is False else "up")
+            self._coordinator.fleet_changed()
 
     def _helper(self, helper: str, payload: bytes) -> None:
         coordinator = self._coordinator

@@ -18,6 +18,7 @@ from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.telemetry import Counters
 from fleetfed.shared.trust.certificates import Certificate, Role
 from fleetfed.shared.trust.verifier import Verifier
+from fleetfed.shared.uplinks import Uplinks, parse_link
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.envelope import Head, MessageKind, open_body, parse_head
 from fleetfed.shared.wire.messages import (
@@ -80,6 +81,7 @@ class Inbound:
         fed: hands an event to the machine.
         revoked: takes the bytes of a revocation list that is news and in force.
         reborn: called when the node above says that it started anew.
+        linked: called with whether the own broker's bridge to the tier above is up.
         trusted: takes a bundle of trust metadata.
         clock: unix milliseconds.
     """
@@ -102,7 +104,10 @@ class Inbound:
         reborn: Callable[[], None],
         clock: Callable[[], int],
         trusted: Callable[[bytes], None] = lambda _: None,
+        linked: Callable[[bool], None] = lambda _: None,
     ) -> None:
+        self._linked = linked
+        self._uplinks = Uplinks()
         self._trusted = trusted
         self._stale = b""
         self._verifier = verifier
@@ -166,7 +171,13 @@ class Inbound:
         match where.verb:
             case Verb.STATE:
                 presence = codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE) if payload else None
+                if kind is Kind.GATEWAY:
+                    presence = self._uplinks.presence(member, presence)
                 self._fed(ev.PresenceArrived(kind=kind, member=member, presence=presence))
+            case Verb.LINK:
+                presence = self._uplinks.link(member, parse_link(payload))
+                if presence is not None:
+                    self._fed(ev.PresenceArrived(kind=kind, member=member, presence=presence))
             case Verb.UPDATE:
                 self._chunk(self._updates, Kind.DEVICE, member, payload, self._update_complete)
             case Verb.PROPOSE:
@@ -354,6 +365,10 @@ class Inbound:
                 self._trusted(payload)
             case BroadcastTopic(what=Broadcast.NODE) if payload:
                 self._node(codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE))
+            case MemberTopic(member=self._gateway, verb=Verb.LINK):
+                up = parse_link(payload)
+                if up is not None:
+                    self._linked(up)
             case MemberTopic(member=self._gateway, verb=Verb.RECEIPT):
                 self._receipt(payload)
             case MemberTopic(member=self._gateway, verb=Verb.COMMIT):

@@ -3,7 +3,8 @@
 Two sites, one or two MQTT sessions: members below, the tier above. A connection has one last will, so where one session
 serves both, the will is the presence upstream (the coordinator must not wait for us), and the presence on the own site
 (``b/node``) is published without one: members there learn of a crash from our next birth, which has another session
-number, and send again whatever is unanswered.
+number, and send again whatever is unanswered. Such a session may be with the site's own broker, which is then bridged
+to the one above; when its bridge breaks it tells us, and the broker above tells the node there.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ _GOODBYE: Final = 2.0
 
 _HEARD_BELOW: Final = (
     (Kind.DEVICE, Verb.STATE),
+    (Kind.GATEWAY, Verb.LINK),
     (Kind.GATEWAY, Verb.STATE),
     (Kind.GATEWAY, Verb.CENSUS),
     (Kind.DEVICE, Verb.UPDATE),
@@ -173,6 +175,7 @@ class Gateway:
             reborn=self._upstream_reborn,
             clock=unix_ms,
             trusted=self._new_trust,
+            linked=self._bridged,
         )
         self._systemd = Notifier()
         self._timer_changed = asyncio.Event()
@@ -209,6 +212,8 @@ class Gateway:
         will_below = Will(topic=self.site.broadcast(Broadcast.NODE), payload=lost)
         connection = config.broker.connection(client_id=self.id, identity=folder)
         if config.shared:
+            # Where this broker is bridged to the one above, it says there whether the bridge is up.
+            above.append(self.upstream.up(Kind.GATEWAY, self.id, Verb.LINK))
             self._below = self._above = Session(
                 connection,
                 subscriptions=[*below, *above],
@@ -225,7 +230,7 @@ class Gateway:
         self._above = Session(
             config.upstream.broker.connection(client_id=self.id, identity=folder),
             subscriptions=above,
-            on_connect=self._on_above,
+            on_connect=self._on_direct,
             on_message=self._on_message,
             on_disconnect=self._on_above_lost,
             will=will_above,
@@ -331,6 +336,11 @@ class Gateway:
             self._fed(ev.SiteConnected(unix_ms() + round(1000 * self.config.limits.settle)))
             self._site_up.set()
 
+    async def _on_direct(self, session_present: bool) -> None:
+        # A bridge that carried us before may have said that it is down, and nobody else would take that back.
+        await self._say(self._above, self.upstream.up(Kind.GATEWAY, self.id, Verb.LINK), b"")
+        await self._on_above(session_present)
+
     async def _on_above(self, session_present: bool) -> None:
         # Ready means: can serve. Nobody need wait for a gateway that does not reach its own site.
         await self._site_up.wait()
@@ -356,6 +366,15 @@ class Gateway:
         """The node above started anew, or its connection did: it may have missed what we said."""
         if self._above.connected:
             self._fed(ev.UpstreamConnected())
+
+    def _bridged(self, up: bool) -> None:
+        """Our broker's bridge came up, and may have lost what it was to carry; or it went down."""
+        _log.info("the bridge to site %s is %s", self.upstream.site, "up" if up else "down")
+        if up:
+            self.relay.reconnected()
+            self._fed(ev.UpstreamConnected())
+        else:
+            self._fed(ev.UpstreamLost())
 
     async def _ask(self, need: Need) -> None:
         topic = self.upstream.up(Kind.GATEWAY, self.id, Verb.NEED)

@@ -41,6 +41,7 @@ def run(config: Path) -> int:
     name="render",
     epilog=output.example(
         "fleetfed broker render --keys keys --identity keys/identities/broker --out /etc/mosquitto/fleetfed",
+        "fleetfed broker render --keys keys --site north --config north.toml --out north",
         "fleetfed broker render --inventory inventory.toml --config broker.toml --out out",
     ),
 )
@@ -48,7 +49,9 @@ def run(config: Path) -> int:
 @click.option("--inventory", type=click.Path(path_type=Path, dir_okay=False), help="… or from an inventory.toml.")
 @click.option("--site", "sites", multiple=True, help="Only these sites are on this broker (with --keys).")
 @click.option("--open", "open_devices", is_flag=True, help="List no devices: any certified one may connect.")
-@click.option("--config", "-c", type=click.Path(path_type=Path, dir_okay=False), help="broker.toml: address, limits.")
+@click.option(
+    "--config", "-c", type=click.Path(path_type=Path, dir_okay=False), help="broker.toml: address, limits, [bridge]."
+)
 @click.option("--identity", type=click.Path(path_type=Path, file_okay=False), help="… or the broker's identity folder.")
 @click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on (with --identity).")  # noqa: S104
 @click.option("--port", type=click.IntRange(1, 65535), default=8883, show_default=True)

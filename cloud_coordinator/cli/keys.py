@@ -109,12 +109,13 @@ def init(fleet: str, root_keys: tuple[int, int], targets_keys: tuple[int, int], 
         "fleetfed keys issue d --role device --site north --count 50",
         "fleetfed keys issue --csv fleet.csv --role device",
         "fleetfed keys issue broker --role broker --host mqtt.example.org",
+        "fleetfed keys issue b-north --role bridge --site north",
         "fleetfed keys issue h-two --role helper",
     )
 )
 @click.argument("member", required=False, metavar="[ID]")
 @click.option("--role", type=click.Choice([role.value for role in MemberRole]), help="What the identity is for.")
-@click.option("--site", help="A device's site, or the site that a gateway serves.")
+@click.option("--site", help="A device's, or a bridge's, site, or the one that a gateway serves.")
 @click.option("--upstream", help="The site above a gateway; left out: the coordinator's.")
 @click.option("--owner", default="", help="Who answers for it.")
 @click.option("--days", type=click.IntRange(1, 36_500), default=DEFAULT_DAYS, show_default=True, help="Validity.")

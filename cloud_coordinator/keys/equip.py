@@ -92,7 +92,7 @@ def equip(keyring: Keyring, owners: Owners, members: Iterable[Member]) -> None:
     bundle = owners.bundle()
     for member in members:
         folder = keyring.identity_folder(member.id)
-        if member.role is MemberRole.BROKER or not folder.exists() or member.revoked:
+        if member.role.certified is None or not folder.exists() or member.revoked:
             continue
         trust = folder / TRUST_DIRECTORY
         write_atomic(trust / ROOT_FILE, owners.roots[-1])

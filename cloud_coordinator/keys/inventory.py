@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from fleetfed.broker.render import Inventory, Member
+from fleetfed.broker.render import Inventory, Member, Uplink
 from fleetfed.cloud_coordinator.keys.keyring import Keyring, MemberRole
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.wire.topics import CLOUD_SITE, Kind
@@ -22,7 +22,8 @@ def inventory_of(keyring: Keyring, *, sites: Collection[str] | None = None, list
         ConfigError: a wanted site is served by nobody, or the cloud's by two coordinators.
     """
     live = [member for member in keyring.members if not member.revoked]
-    nodes = {member.site: member.id for member in live if member.role is MemberRole.GATEWAY}
+    gateways = {member.site: member for member in live if member.role is MemberRole.GATEWAY}
+    nodes = {site: member.id for site, member in gateways.items()}
     coordinators = [member.id for member in live if member.role is MemberRole.COORDINATOR]
     if len(coordinators) > 1:
         raise ConfigError(f"{' and '.join(coordinators)} are both coordinators; revoke the one that is not in use")
@@ -32,8 +33,14 @@ def inventory_of(keyring: Keyring, *, sites: Collection[str] | None = None, list
         if missing := sorted(set(sites) - nodes.keys()):
             raise ConfigError(f"site {missing[0]!r} is served by nobody; issue its gateway first")
         nodes = {site: node for site, node in nodes.items() if site in sites}
-    members = {}
+    members, bridges, uplinks = {}, {}, {}
     for member in live:
+        if member.role is MemberRole.BRIDGE and member.site in gateways:
+            gateway = gateways[member.site]
+            if member.site in nodes and gateway.upstream not in nodes:
+                uplinks[member.id] = Uplink(gateway.id, gateway.upstream)
+            elif gateway.upstream in nodes and member.site not in nodes:
+                bridges[member.id] = gateway.id
         if member.role is MemberRole.GATEWAY and member.upstream in nodes:
             members[member.id] = Member(Kind.GATEWAY, member.upstream)
         elif member.role is MemberRole.DEVICE and list_devices and member.site in nodes:
@@ -45,4 +52,6 @@ def inventory_of(keyring: Keyring, *, sites: Collection[str] | None = None, list
         sites=nodes,
         operators=tuple(m.id for m in live if m.role is MemberRole.OPERATOR) if CLOUD_SITE in nodes else (),
         members=members,
+        bridges=bridges,
+        uplinks=uplinks,
     )

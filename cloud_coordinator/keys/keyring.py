@@ -67,13 +67,15 @@ class MemberRole(StrEnum):
     """A broker's TLS server certificate; it signs no messages."""
     ENROLLER = "enroller"
     """Certifies devices for tokens, see `fleetfed.cloud_coordinator.enroll`."""
+    BRIDGE = "bridge"
+    """The TLS certificate with which a site's broker connects to the one above, for its gateway; signs no messages."""
     HELPER = "helper"
     """Holds mask seeds beside the coordinator, see `fleetfed.cloud_coordinator.helper`; run by somebody else."""
 
     @property
     def certified(self) -> Role | None:
-        """The role in the fleet certificate; None for a broker, which has none."""
-        return None if self is MemberRole.BROKER else Role[self.name]
+        """The role in the fleet certificate; None for a broker and its bridge, which have none."""
+        return None if self in (MemberRole.BROKER, MemberRole.BRIDGE) else Role[self.name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,8 @@ class NewMember:
     Attributes:
         id: also the common name, user name and client id.
         role: what for.
-        site: where a device sends its updates, or which site a gateway serves; ``_`` for the others.
+        site: where a device sends its updates, which site a gateway serves, or whose broker a bridge belongs to; ``_``
+            for the others.
         upstream: the site that a gateway is a member of: ``_``, or the site of the gateway above it.
         owner: who answers for it; may be empty.
         days: validity.
@@ -114,7 +117,7 @@ class NewMember:
                 check_id(self.owner, "owner")
         except LocalProtocolError as error:
             raise ConfigError(str(error)) from error
-        sited = self.role in (MemberRole.DEVICE, MemberRole.GATEWAY)
+        sited = self.role in (MemberRole.DEVICE, MemberRole.GATEWAY, MemberRole.BRIDGE)
         if sited and self.site == CLOUD_SITE:
             raise ConfigError(f"{self.id}: a {self.role} needs a site of its gateway's; give --site NAME")
         if not sited and self.site != CLOUD_SITE:
@@ -135,7 +138,7 @@ class Member:
     """One issued identity.
 
     Attributes:
-        serial: of the fleet certificate; a broker, which has none, only has the number here.
+        serial: of the fleet certificate; a broker or a bridge, which has none, only has the number here.
         not_before, not_after: unix milliseconds.
         revoked: unix milliseconds; 0 for not revoked.
 
@@ -425,18 +428,23 @@ class Keyring:
     def _check_free(self, wanted: Sequence[NewMember], members: Sequence[Member]) -> None:
         live = {member.id for member in members if not member.revoked}
         served = {m.site: m.id for m in members if m.role is MemberRole.GATEWAY and not m.revoked}
+        bridged = {m.site: m.id for m in members if m.role is MemberRole.BRIDGE and not m.revoked}
         for wish in wanted:
             wish.check()
             if wish.id in live:
                 raise ConfigError(f"{wish.id} has an identity already; revoke it first, or choose another id")
             if wish.role is MemberRole.GATEWAY and wish.site in served:
                 raise ConfigError(f"{wish.id}: site {wish.site} is served by {served[wish.site]} already")
+            if wish.role is MemberRole.BRIDGE and wish.site in bridged:
+                raise ConfigError(f"{wish.id}: site {wish.site} has the bridge {bridged[wish.site]} already")
             folder = self.identity_folder(wish.id)
             if folder.exists():
                 raise ConfigError(f"{folder} exists; identities are never overwritten, move it away first")
             live.add(wish.id)
             if wish.role is MemberRole.GATEWAY:
                 served[wish.site] = wish.id
+            if wish.role is MemberRole.BRIDGE:
+                bridged[wish.site] = wish.id
 
     def _write_signing_identity(self, member: Member, folder: Path, enrollers: tuple[bytes, ...]) -> None:
         role = member.role.certified

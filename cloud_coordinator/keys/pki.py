@@ -66,6 +66,7 @@ class Role(StrEnum):
     COORDINATOR = "coordinator"
     OPERATOR = "operator"
     HELPER = "helper"
+    BRIDGE = "bridge"
 
 
 class Listener(StrEnum):
@@ -74,7 +75,7 @@ class Listener(StrEnum):
     SITE = "site"
     """Devices and gateways; also a demonstration's one broker for all."""
     CLOUD = "cloud"
-    """Gateways, the coordinator, operators and the helper."""
+    """Gateways, bridges, the coordinator, operators and the helper."""
 
 
 class _Authority(StrEnum):

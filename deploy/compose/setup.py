@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from fleetfed.broker.config import BrokerConfig
+
+from fleetfed.broker.config import Bridge, BrokerConfig
 from fleetfed.broker.render import render
 from fleetfed.cloud_coordinator import zoo
 from fleetfed.cloud_coordinator.keys.equip import follow, make_trust, owners_of
@@ -49,7 +50,7 @@ def main() -> None:
     password()
     for folder in ROOT.iterdir():
         owner = {"db": POSTGRES, "keys": 0}.get(folder.name, MOSQUITTO if "broker" in folder.name else FLEETFED)
-        own(folder, owner)
+        hand_over(folder, owner)
 
 
 def issue(now: int) -> Keyring:
@@ -66,6 +67,7 @@ def issue(now: int) -> Keyring:
         hosts = ("broker", f"{site}-broker")
         wanted.append(NewMember(id=f"{site}-broker", role=MemberRole.BROKER, hosts=hosts))
         wanted.append(NewMember(id=f"g-{site}", role=MemberRole.GATEWAY, site=site))
+        wanted.append(NewMember(id=f"b-{site}", role=MemberRole.BRIDGE, site=site))
         for number in range(1, DEVICES + 1):
             wanted.append(
                 NewMember(id=f"d-{site}-{number}", role=MemberRole.DEVICE, site=site, owner=f"owner-{number}")
@@ -90,8 +92,14 @@ def give(keyring: Keyring, member: str, container: str, settings: str) -> None:
 
 
 def broker(keyring: Keyring, container: str, site: str) -> None:
-    """A broker's identity, access list and configuration."""
-    folder = ROOT / container
+    """A broker's identity, access list and configuration; a site's is bridged to the cloud's."""
+    folder, bridge = ROOT / container, None
+    if site != CLOUD_SITE:
+        if not (folder / "bridge").exists():
+            copy(keyring.identity_folder(f"b-{site}"), folder / "bridge")
+        own = SEEN_AT / "bridge" / "tls"
+        files = TlsFiles(ca=own / "ca.pem", cert=own / "cert.pem", key=own / "key.pem")
+        bridge = Bridge(host="cloud-broker", tls=files, keepalive=10, reconnect_cap=10)
     if not (folder / "identity").exists():
         copy(keyring.identity_folder(container), folder / "identity")
     listener = Listener.CLOUD if site == CLOUD_SITE else Listener.SITE
@@ -102,6 +110,7 @@ def broker(keyring: Keyring, container: str, site: str) -> None:
         port=8883,
         tls=TlsFiles(ca=tls / "ca.pem", cert=tls / "cert.pem", key=tls / "key.pem", crl=tls / "crl.pem"),
         persistence_dir=Path("/var/lib/fleetfed"),
+        bridge=bridge,
     )
     render(inventory_of(keyring, sites=[site]), config, folder, at=SEEN_AT)
 
@@ -143,7 +152,7 @@ def copy(source: Path, target: Path) -> None:
     temporary.rename(target)
 
 
-def own(folder: Path, owner: int) -> None:
+def hand_over(folder: Path, owner: int) -> None:
     """Give a folder to its container's account alone."""
     for path in (folder, *folder.rglob("*")):
         os.chown(path, owner, owner)

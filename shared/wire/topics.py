@@ -68,6 +68,8 @@ class Verb(StrEnum):
     """Any member: a retained chunk that it cannot get; asks its node to publish it again."""
     CENSUS = "census"
     """Gateway: retained; how many devices its subtree has."""
+    LINK = "link"
+    """Gateway behind a bridge: retained; its site's broker, or that one's will, says ``1`` for up, ``0`` for down."""
     PROPOSE = "propose"
     """Gateway: chunks of a signed list of the updates that it holds."""
     REVEAL = "reveal"
@@ -133,6 +135,7 @@ VERBS: Final[dict[Verb, VerbRule]] = {
     Verb.DECLINE: VerbRule(_DEVICE, Direction.UP),
     Verb.NEED: VerbRule(_BOTH, Direction.UP),
     Verb.CENSUS: VerbRule(_GATEWAY, Direction.UP, retain=True),
+    Verb.LINK: VerbRule(_GATEWAY, Direction.UP, retain=True),
     Verb.PROPOSE: VerbRule(_GATEWAY, Direction.UP),
     Verb.REVEAL: VerbRule(_GATEWAY, Direction.UP),
     Verb.KEY: VerbRule(_HELPER, Direction.UP, retain=True),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetfed.broker.config import BrokerConfig, Limits, load_config
+from fleetfed.broker.config import Bridge, BrokerConfig, Limits, load_config
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.mqtt.tls import TlsFiles
 
@@ -27,6 +27,10 @@ def test_the_documented_example_is_read(tmp_path: Path) -> None:
         acl_file=tmp_path / "acl",
         persistence_dir=tmp_path / "state",
         limits=Limits(max_connections=2000),
+        bridge=Bridge(
+            host="mqtt.example.org",
+            tls=TlsFiles(tmp_path / "bridge/ca.pem", tmp_path / "bridge/cert.pem", tmp_path / "bridge/key.pem"),
+        ),
     )
 
 

@@ -336,6 +336,23 @@ async def test_a_census_of_another_site_or_gateway_is_refused(round_: Open) -> N
     assert world.coordinator.rejected.snapshot() == {"wrong_sender": 1, "wrong_site": 1}
 
 
+async def test_no_round_is_opened_for_a_gateway_whose_bridge_is_down(round_: Open) -> None:
+    world, fleet = round_.world, round_.world.coordinator.machine
+    await world.hear("north", Verb.LINK, b"0")
+    assert fleet.fleet.gateways == {"south"}
+    await world.hear("north", Verb.STATE, round_.north.presence(session=9))
+    assert fleet.fleet.gateways == {"south"}, "an old word that the broker kept"
+    await world.hear("north", Verb.LINK, b"1")
+    assert fleet.fleet.gateways == {"north", "south"}
+
+
+async def test_a_bridge_says_three_words(round_: Open) -> None:
+    before = facts(round_.world)
+    await round_.world.hear("north", Verb.LINK, b"down")
+    assert facts(round_.world) == before
+    assert round_.world.coordinator.rejected.snapshot() == {"malformed": 1}
+
+
 async def test_a_stale_will_does_not_make_a_gateway_lost(round_: Open) -> None:
     from fleetfed.shared.wire.messages import Life
 

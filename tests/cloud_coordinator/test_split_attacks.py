@@ -508,7 +508,7 @@ async def test_a_site_that_has_not_committed_to_its_nonce_is_left_out(opened: An
 def test_c5_no_message_asks_for_a_seed_or_carries_a_single_masked_vector_upwards() -> None:
     """What may be said to the coordinator, by whom, and what it says: a new way to ask would have to be added here."""
     up = {verb for verb, rule in VERBS.items() if Kind.GATEWAY in rule.kinds and rule.direction == "up"}
-    assert up == {Verb.STATE, Verb.NEED, Verb.CENSUS, Verb.PROPOSE, Verb.REVEAL}
+    assert up == {Verb.STATE, Verb.NEED, Verb.CENSUS, Verb.LINK, Verb.PROPOSE, Verb.REVEAL}
     down = {verb for verb, rule in VERBS.items() if Kind.GATEWAY in rule.kinds and rule.direction == "dn"}
     assert down == {Verb.RECEIPT, Verb.COMMIT}
     assert set(BODY_LIMITS) == set(MessageKind)

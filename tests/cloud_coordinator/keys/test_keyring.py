@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from fleetfed.broker.acl import Access, parse_acl
-from fleetfed.broker.render import render_acl
+from fleetfed.broker.render import Uplink, render_acl
 from fleetfed.broker.tls import server_context
 from fleetfed.cloud_coordinator.keys.inventory import inventory_of
 from fleetfed.cloud_coordinator.keys.keyring import Keyring, MemberRole, NewMember
+from fleetfed.cloud_coordinator.keys.pki import Listener
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError, RejectReason, RemoteProtocolError, StorageError
 from fleetfed.shared.mqtt.tls import TlsFiles, client_context
@@ -275,3 +276,45 @@ def listed(keyring: Keyring) -> Revocations:
     assert message is not None
     verifier = Verifier("demo", keyring.authority_key)
     return verifier.open(message, Revocations, kind=MessageKind.REVOCATIONS, now=unix_ms())[0]
+
+
+def bridged(keyring: Keyring) -> None:
+    keyring.issue(
+        [
+            NewMember(id="c-main", role=MemberRole.COORDINATOR),
+            NewMember(id="g-north", role=MemberRole.GATEWAY, site="north"),
+            NewMember(id="g-south", role=MemberRole.GATEWAY, site="south"),
+            NewMember(id="b-north", role=MemberRole.BRIDGE, site="north"),
+        ],
+        now=unix_ms(),
+    )
+
+
+def test_a_bridge_has_a_tls_certificate_for_the_cloud_and_signs_nothing(keyring: Keyring) -> None:
+    bridged(keyring)
+    folder = keyring.identity_folder("b-north")
+    assert [path.name for path in folder.iterdir()] == ["tls"]
+    cloud = NewMember(id="broker", role=MemberRole.BROKER, hosts=("localhost",), listener=Listener.CLOUD)
+    keyring.issue([cloud], now=unix_ms())
+    assert handshake(keyring, "b-north") == "b-north"
+
+
+def test_a_bridge_is_listed_at_both_of_its_ends(keyring: Keyring) -> None:
+    bridged(keyring)
+    above, below = inventory_of(keyring, sites={"_"}), inventory_of(keyring, sites={"north"})
+    assert (above.bridges, above.uplinks) == ({"b-north": "g-north"}, {})
+    assert (below.bridges, below.uplinks) == ({}, {"b-north": Uplink("g-north", "_")})
+    for whole in (inventory_of(keyring), inventory_of(keyring, sites={"south"})):
+        assert not whole.bridges
+        assert not whole.uplinks
+    keyring.revoke(["b-north"], now=unix_ms())
+    assert not inventory_of(keyring, sites={"_"}).bridges
+    assert keyring.revocations() is not None
+
+
+def test_a_site_has_one_bridge(keyring: Keyring) -> None:
+    bridged(keyring)
+    with pytest.raises(ConfigError, match="site north has the bridge b-north already"):
+        keyring.issue([NewMember(id="b-2", role=MemberRole.BRIDGE, site="north")], now=unix_ms())
+    with pytest.raises(ConfigError, match="a bridge needs a site"):
+        keyring.issue([NewMember(id="b-2", role=MemberRole.BRIDGE)], now=unix_ms())
