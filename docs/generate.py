@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fleetfed.broker.config import BrokerConfig
@@ -30,6 +30,8 @@ from fleetfed.gateway.state import GatewayMachine
 from fleetfed.shared import errors
 from fleetfed.shared.errors import RejectReason
 from fleetfed.shared.machine import Machine
+from fleetfed.shared.monitoring import failures
+from fleetfed.shared.monitoring.catalog import CATALOG, PORTS
 from fleetfed.shared.trust.verifier import SPEAKERS
 from fleetfed.shared.wire import defence, masking, messages, privacy, projection, topics, trust
 from fleetfed.shared.wire.envelope import BODY_LIMITS
@@ -136,6 +138,46 @@ def reason_table() -> str:
     return table(("reason", "meaning"), [(f"`{reason}`", notes[reason.name]) for reason in RejectReason])
 
 
+def metric_tables() -> str:
+    """Every metric, by topic."""
+    parts = []
+    for topic in dict.fromkeys(metric.topic for metric in CATALOG.values()):
+        rows = [
+            (
+                f"`{metric.name}`",
+                str(metric.kind),
+                ", ".join(f"`{label}`" for label in metric.labels),
+                "all" if len(metric.roles) == len(PORTS) else ", ".join(metric.roles),
+                metric.help,
+            )
+            for metric in CATALOG.values()
+            if metric.topic == topic
+        ]
+        parts.append(f"#### {topic}\n\n" + table(("metric", "kind", "labels", "role", ""), rows))
+    return "\n\n".join(parts)
+
+
+def failure_table() -> str:
+    """Every failure mode with its reasons."""
+    notes = _enum_docs(failures, "Failure")
+    sources: dict[str, Mapping[typing.Any, failures.Failure]] = {
+        "rejected": failures.REJECTED,
+        "declined": failures.DECLINED,
+        "outcome": failures.OUTCOMES,
+        "aborted": failures.ABORTS,
+        "broker": failures.BROKER,
+    }
+    rows = []
+    for mode in failures.Failure:
+        said = [
+            f"{source}: " + ", ".join(f"`{reason}`" for reason in reasons)
+            for source, known in sources.items()
+            if (reasons := [str(reason) for reason, each in known.items() if each is mode])
+        ]
+        rows.append((f"`{mode}`", notes[mode.name], "; ".join(said)))
+    return table(("failure", "", "signs"), rows)
+
+
 def _diagram(machine: type[Machine[typing.Any]]) -> Callable[[], str]:
     return lambda: f"```mermaid\n{machine.diagram()}\n```"
 
@@ -187,6 +229,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "kinds": kind_table,
     "messages": message_tables,
     "reasons": reason_table,
+    "metrics": metric_tables,
+    "failures": failure_table,
     "device-states": _diagram(DeviceMachine),
     "gateway-states": _diagram(GatewayMachine),
     "coordinator-states": _diagram(CoordinatorMachine),
