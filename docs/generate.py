@@ -33,7 +33,7 @@ from fleetfed.shared.machine import Machine
 from fleetfed.shared.monitoring import failures
 from fleetfed.shared.monitoring.catalog import CATALOG, PORTS
 from fleetfed.shared.trust.verifier import SPEAKERS
-from fleetfed.shared.wire import defence, masking, messages, privacy, projection, topics, trust
+from fleetfed.shared.wire import defence, masking, messages, privacy, projection, telemetry, topics, trust
 from fleetfed.shared.wire.envelope import BODY_LIMITS
 
 DOCS = Path(__file__).parent
@@ -116,7 +116,9 @@ def message_tables() -> str:
     """Every body, field by field."""
     parts = []
     for cls in (
-        each for module in (messages, masking, privacy, projection, defence, trust) for each in _own_dataclasses(module)
+        each
+        for module in (messages, masking, privacy, projection, defence, trust, telemetry)
+        for each in _own_dataclasses(module)
     ):
         hints = typing.get_type_hints(cls, include_extras=True)
         rows = [

@@ -14,9 +14,11 @@ from typing import Any, Final
 
 from fleetfed.gateway.config import GatewayConfig, load
 from fleetfed.gateway.status import read_status
+from fleetfed.shared import health
+from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError, StorageError
 from fleetfed.shared.files import locked
-from fleetfed.shared.telemetry import LEVELS, configure_logging
+from fleetfed.shared.telemetry import FORMATS, LEVELS, configure_logging, name_logs
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
 
@@ -31,6 +33,7 @@ _EPILOG: Final = """\
 example:
   fleetfed-gateway run --config gateway.toml
   fleetfed-gateway status --config gateway.toml --json
+  fleetfed-gateway status --config gateway.toml --healthy
 
 exit codes:
   0 stopped in good order   1 failed   2 configuration error   3 the state folder is damaged or the disk is full
@@ -43,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load(arguments.config)
         if arguments.command == "status":
-            return _status(config, as_json=arguments.json)
-        configure_logging("gateway", arguments.log_level or config.log_level)
+            return _healthy(config) if arguments.healthy else _status(config, as_json=arguments.json)
+        log_format = arguments.log_format or config.log_format
+        configure_logging("gateway", arguments.log_level or config.log_level, log_format=log_format)
         # Two processes with one journal and one sequence would promise in each other's name.
         with locked(config.state):
             return asyncio.run(_run(config))
@@ -71,10 +75,22 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="serve until SIGTERM or SIGINT")
     run.add_argument("--config", type=Path, required=True, metavar="FILE", help="gateway.toml")
     run.add_argument("--log-level", choices=LEVELS, help="instead of the file's log_level")
+    run.add_argument("--log-format", choices=FORMATS, help="instead of the file's log_format")
     status = commands.add_parser("status", help="what the gateway last wrote about itself")
     status.add_argument("--config", type=Path, required=True, metavar="FILE", help="gateway.toml")
     status.add_argument("--json", action="store_true", help="as JSON, for programs")
+    status.add_argument("--healthy", action="store_true", help="exit 0 if it runs and is connected, else 1 and why")
     return parser
+
+
+def _healthy(config: GatewayConfig) -> int:
+    try:
+        ailment = health.ailment(read_status(config.state), now=unix_ms())
+    except ConfigError as error:
+        ailment = str(error)
+    if ailment:
+        print(f"not healthy: {ailment}")
+    return FAILED if ailment else OK
 
 
 def _status(config: GatewayConfig, *, as_json: bool) -> int:
@@ -98,7 +114,9 @@ async def _run(config: GatewayConfig) -> int:
     # Here, so that `--help` and `status` need no MQTT client.
     from fleetfed.gateway.runtime import Gateway
 
-    gateway = Gateway(config, Identity.load(config.identity, role=Role.GATEWAY))
+    identity = Identity.load(config.identity, role=Role.GATEWAY)
+    name_logs(identity.certificate.id, identity.certificate.site)
+    gateway = Gateway(config, identity)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, gateway.stop)

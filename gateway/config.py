@@ -28,8 +28,9 @@ from typing import Annotated
 from fleetfed.shared import config
 from fleetfed.shared.config import Length, Range
 from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.monitoring.config import GatewayMonitoringConfig
 from fleetfed.shared.mqtt.endpoint import Endpoint
-from fleetfed.shared.telemetry import LEVELS
+from fleetfed.shared.telemetry import LEVELS, LogFormat
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.topics import CLOUD_SITE
 
@@ -73,7 +74,9 @@ class GatewayConfig:
         broker: the broker of the own site.
         upstream: the tier above.
         limits: what bounds memory, disk and waiting.
+        monitoring: where Prometheus finds it, and how many devices it sees.
         log_level: of stderr.
+        log_format: of stderr: ``text``, or ``json`` with one object per line.
     """
 
     identity: Path
@@ -81,7 +84,9 @@ class GatewayConfig:
     broker: Endpoint
     upstream: UpstreamConfig = field(default_factory=UpstreamConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    monitoring: GatewayMonitoringConfig = field(default_factory=GatewayMonitoringConfig)
     log_level: str = "info"
+    log_format: LogFormat = LogFormat.TEXT
 
     def __post_init__(self) -> None:
         if self.log_level not in LEVELS:

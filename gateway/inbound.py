@@ -83,6 +83,7 @@ class Inbound:
         reborn: called when the node above says that it started anew.
         linked: called with whether the own broker's bridge to the tier above is up.
         trusted: takes a bundle of trust metadata.
+        told: takes a device's id and what it tells of itself.
         clock: unix milliseconds.
     """
 
@@ -105,7 +106,9 @@ class Inbound:
         clock: Callable[[], int],
         trusted: Callable[[bytes], None] = lambda _: None,
         linked: Callable[[bool], None] = lambda _: None,
+        told: Callable[[str, bytes], None] = lambda _device, _payload: None,
     ) -> None:
+        self._told = told
         self._linked = linked
         self._uplinks = Uplinks()
         self._trusted = trusted
@@ -186,6 +189,8 @@ class Inbound:
                 self._chunk(self._reveals, Kind.GATEWAY, member, payload, self._reveal_complete)
             case Verb.DECLINE:
                 self._decline(member, payload)
+            case Verb.TELEMETRY:
+                self._told(member, payload)
             case Verb.CENSUS if payload:
                 census, _, certificate = self._open(payload, Census, MessageKind.CENSUS, member)
                 if census.site != certificate.site:

@@ -107,6 +107,10 @@ class Members:
         known = self._known[kind].get(member)
         return known.life if known else None
 
+    def lives(self, kind: Kind) -> Iterator[tuple[str, Life]]:
+        """Every member of a kind with its state, in the order in which they first came."""
+        return ((name, member.life) for name, member in self._known[kind].items())
+
     def awaited_devices(self) -> Iterator[str]:
         """Devices that a round which opens now waits for: ready, or asleep on purpose."""
         return (name for name, member in self._known[Kind.DEVICE].items() if member.life in _AWAITED)

@@ -109,6 +109,7 @@ class Performer:
         self._cosign = b""
         self.census = b""
         self.accepted = 0
+        self.accepted_bytes = 0
 
     def feed(self, event: object) -> None:
         """Hand an event to the machine and do what it wants."""
@@ -328,6 +329,7 @@ class Performer:
         opened = parcel.opened
         receipt = self._receipt(update.message_id, update.head, None)
         self.accepted += 1
+        self.accepted_bytes += update.size
         self._fresh[update.message_id] = parcel.head
         self._pipeline.store(
             rows.update_rows(update, head=parcel.head, body=parcel.body, receipt=receipt),

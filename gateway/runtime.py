@@ -21,21 +21,26 @@ from fleetfed.gateway import events as ev
 from fleetfed.gateway.config import GatewayConfig
 from fleetfed.gateway.inbound import Inbound
 from fleetfed.gateway.journal import Journal
+from fleetfed.gateway.monitoring import GatewayTally, GatewayView
 from fleetfed.gateway.perform import Performer
 from fleetfed.gateway.pipeline import Pipeline
 from fleetfed.gateway.record import Place
 from fleetfed.gateway.relay import Relay
 from fleetfed.gateway.state import GatewayMachine
 from fleetfed.gateway.status import Status, write_status
+from fleetfed.gateway.telemetry import Tales
 from fleetfed.gateway.worker import Worker
+from fleetfed.shared import health
 from fleetfed.shared.aggregate.scheme import scheme_of
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError, RemoteProtocolError, StorageError
 from fleetfed.shared.files import write_atomic
 from fleetfed.shared.machine import TimerFired
+from fleetfed.shared.monitoring.server import MonitoringServer
 from fleetfed.shared.mqtt.config import Will
 from fleetfed.shared.mqtt.errors import PublishRefusedError
-from fleetfed.shared.mqtt.session import Session
+from fleetfed.shared.mqtt.meter import ByteCount
+from fleetfed.shared.mqtt.session import Session, SessionStatistics
 from fleetfed.shared.systemd import Notifier, beat
 from fleetfed.shared.telemetry import Counters
 from fleetfed.shared.trust.certificates import Role
@@ -104,10 +109,14 @@ class Gateway:
         if certificate.site == config.upstream.site:
             raise ConfigError(f"upstream.site: {certificate.site} is the site that this gateway serves itself")
         self.config = config
+        self.certificate = certificate
         self.id = certificate.id
         self.site = SiteTopics(certificate.fleet, certificate.site)
         self.upstream = SiteTopics(certificate.fleet, config.upstream.site)
         self.counters = Counters()
+        self.tally = GatewayTally()
+        self.tales = Tales()
+        self._bridge_up = True
         self._life = secrets.randbits(62)
         self._verifier = identity.verifier()
         state = config.state
@@ -176,6 +185,7 @@ class Gateway:
             clock=unix_ms,
             trusted=self._new_trust,
             linked=self._bridged,
+            told=lambda device, payload: self.tales.take(device, payload, now=unix_ms()),
         )
         self._systemd = Notifier()
         self._timer_changed = asyncio.Event()
@@ -205,6 +215,9 @@ class Gateway:
     def _make_sessions(self, identity: Identity) -> None:
         config, folder = self.config, self.config.identity
         below = [self.site.all_up(kind, verb) for kind, verb in _HEARD_BELOW]
+        if config.monitoring.listen:
+            # Else nobody would look at it.
+            below.append(self.site.all_up(Kind.DEVICE, Verb.TELEMETRY))
         above = [self.upstream.broadcast(what) for what in _HEARD_ABOVE]
         above.append(self.upstream.all_down(Kind.GATEWAY, self.id))
         lost = self._presence(Life.LOST, since=0)
@@ -246,15 +259,19 @@ class Gateway:
         """Serve until `stop`.
 
         Raises:
+            ConfigError: ``[monitoring] listen`` cannot be listened on.
             StorageError: the disk is full or broken.
         """
+        monitoring: MonitoringServer | None = None
         try:
+            monitoring = MonitoringServer(self.config.monitoring, GatewayView(self))
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(self._pipeline.run(), name="gateway-pipeline"),
                     group.create_task(self._worker.run(), name="gateway-worker"),
                     group.create_task(self._tick(), name="gateway-timer"),
                     group.create_task(beat(self._systemd), name="gateway-systemd"),
+                    group.create_task(self._keep_status(), name="gateway-status"),
                     group.create_task(self.relay.run(), name="gateway-relay"),
                     group.create_task(self._below.run(), name="gateway-below"),
                 ]
@@ -270,6 +287,8 @@ class Gateway:
                 for task in tasks:
                     task.cancel()
         finally:
+            if monitoring is not None:
+                monitoring.close()
             await asyncio.get_running_loop().run_in_executor(None, self._close)
 
     def _close(self) -> None:
@@ -304,7 +323,15 @@ class Gateway:
 
     def _fed(self, event: object) -> None:
         """Hand an event to the machine; its next deadline may be another."""
-        self.performer.feed(event)
+        if isinstance(event, ev.PresenceArrived) and event.kind is Kind.DEVICE:
+            before = self.machine.members.life(event.kind, event.member)
+            self.performer.feed(event)
+            after = self.machine.members.life(event.kind, event.member)
+            self.tally.presence(before, after)
+            if after is None:
+                self.tales.forget(event.member)
+        else:
+            self.performer.feed(event)
         self._timer_changed.set()
 
     # --- Connections ---------------------------------------------------------------------------------------------
@@ -349,6 +376,7 @@ class Gateway:
         self.relay.reconnected()
         self._fed(ev.UpstreamConnected())
         self._systemd.ready("connected")
+        self._save_status()
 
     async def _on_both(self, session_present: bool) -> None:
         await self._on_below(session_present)
@@ -357,6 +385,7 @@ class Gateway:
     async def _on_above_lost(self, reason: str) -> None:
         self._systemd.status("not connected upstream")
         self._fed(ev.UpstreamLost())
+        self._save_status()
 
     async def _on_message(self, topic: str, payload: bytes, retained: bool) -> None:
         self.inbound.receive(topic, payload)
@@ -370,11 +399,13 @@ class Gateway:
     def _bridged(self, up: bool) -> None:
         """Our broker's bridge came up, and may have lost what it was to carry; or it went down."""
         _log.info("the bridge to site %s is %s", self.upstream.site, "up" if up else "down")
+        self._bridge_up = up
         if up:
             self.relay.reconnected()
             self._fed(ev.UpstreamConnected())
         else:
             self._fed(ev.UpstreamLost())
+        self._save_status()
 
     async def _ask(self, need: Need) -> None:
         topic = self.upstream.up(Kind.GATEWAY, self.id, Verb.NEED)
@@ -401,9 +432,38 @@ class Gateway:
 
     def _round_over(self, round: int) -> None:
         self.inbound.round_over()
+        self.tally.round_over(self.machine.previous, unix_ms())
         _log.info("round %d is over", round)
+        self._save_status()
+
+    def _save_status(self) -> None:
         task = asyncio.get_running_loop().run_in_executor(self._disk_thread, self._write_status)
         task.add_done_callback(_log_failure)
+
+    async def _keep_status(self) -> None:
+        """Write the status now and then, so that whoever reads it sees whether the loop turns and we are connected."""
+        while True:
+            self._save_status()
+            await asyncio.sleep(health.EVERY)
+
+    def connections(self) -> list[tuple[str, SessionStatistics, ByteCount]]:
+        """The MQTT connections: ``site`` and, where it is another one, ``upstream``."""
+        found = [("site", self._below.statistics(), self._below.meter.snapshot())]
+        if self._above is not self._below:
+            found.append(("upstream", self._above.statistics(), self._above.meter.snapshot()))
+        return found
+
+    def obstacle(self) -> str:
+        """Why this gateway cannot serve now; empty when it can."""
+        if not self._below.connected:
+            return "not connected to the site's broker"
+        if not self._above.connected:
+            return "not connected upstream"
+        if not self._bridge_up:
+            return f"the bridge to site {self.upstream.site} is down"
+        if self.trust.status(unix_ms()).get("stale"):
+            return "the trust metadata has expired: no round counts"
+        return ""
 
     def status(self) -> Status:
         """What the gateway is doing."""
@@ -428,6 +488,7 @@ class Gateway:
             level=self.machine.members.level,
             journal_commits=self._pipeline.commits,
             trust=self.trust.status(unix_ms()),
+            obstacle=self.obstacle(),
             updated=unix_ms(),
         )
 

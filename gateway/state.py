@@ -72,6 +72,7 @@ class Previous:
         hash: its plan's.
         accepted: device to message id and head hash of what was accepted.
         mode, aborted: for the status: how it was done, and why it was aborted here; empty after a restart.
+        opened: when its plan was, in unix milliseconds; 0 after a restart.
     """
 
     round: int = 0
@@ -79,6 +80,7 @@ class Previous:
     accepted: dict[str, tuple[MessageId, Digest]]
     mode: str = ""
     aborted: str = ""
+    opened: int = 0
 
 
 class GatewayMachine(Machine[GatewayState]):
@@ -239,6 +241,7 @@ class GatewayMachine(Machine[GatewayState]):
             accepted={name: (update.message_id, update.head) for name, update in record.accepted.items()},
             mode=str(record.plan.mode),
             aborted=record.aborted,
+            opened=record.plan.opened,
         )
         return [ev.ForgetRound(round=record.plan.round, hash=record.hash), ev.RoundOver(record.plan.round)]
 

@@ -36,6 +36,7 @@ class Status:
         level: 0 with devices alone below it.
         journal_commits: transactions since the start; less than the messages stored, because they share them.
         trust: versions and expiries of the trust metadata, and warnings; empty for a fleet without.
+        obstacle: why the gateway cannot serve now; empty when it can.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Status:
     level: int
     journal_commits: int
     trust: dict[str, Any]
+    obstacle: str
 
     def table(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -91,7 +93,7 @@ def read_status(directory: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text())
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; it is written after the first round or a clean stop") from error
+        raise ConfigError(f"{path}: {error.strerror}; it is written when the gateway starts") from error
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(table, dict):

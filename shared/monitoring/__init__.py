@@ -1,1 +1,1 @@
-"""Metrics: what every role counts, how it is exposed, and where it answers. Only `exporter` needs a library."""
+"""Metrics: what every role counts, how it is exposed, and where it answers. No library is needed for it."""

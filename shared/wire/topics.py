@@ -64,6 +64,8 @@ class Verb(StrEnum):
     """Device: chunks of a signed update."""
     DECLINE = "decline"
     """Device: signed; takes no part in this round, and why."""
+    TELEMETRY = "telemetry"
+    """Device: unsigned, for people to look at; nothing decides on it."""
     NEED = "need"
     """Any member: a retained chunk that it cannot get; asks its node to publish it again."""
     CENSUS = "census"
@@ -133,6 +135,7 @@ VERBS: Final[dict[Verb, VerbRule]] = {
     Verb.STATE: VerbRule((*_BOTH, Kind.HELPER), Direction.UP, retain=True),
     Verb.UPDATE: VerbRule(_DEVICE, Direction.UP),
     Verb.DECLINE: VerbRule(_DEVICE, Direction.UP),
+    Verb.TELEMETRY: VerbRule(_DEVICE, Direction.UP, qos=0),
     Verb.NEED: VerbRule(_BOTH, Direction.UP),
     Verb.CENSUS: VerbRule(_GATEWAY, Direction.UP, retain=True),
     Verb.LINK: VerbRule(_GATEWAY, Direction.UP, retain=True),

@@ -1,0 +1,33 @@
+"""Whether a program is well, judged by the status file that it writes; for containers, systemd and people.
+
+A program that runs writes its file every `EVERY` seconds from its event loop, so that an old file means that the loop
+hangs or that nothing runs. ``obstacle`` in it says why the program cannot work although it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+EVERY: Final = 20.0
+"""Seconds between two writings where nothing happens."""
+OLD: Final = 60.0
+"""Seconds after which nobody is believed to be alive."""
+
+
+def ailment(status: Mapping[str, Any], *, now: int, old: float = OLD) -> str:
+    """One line that says what is wrong; empty when all is well.
+
+    Args:
+        status: as read from the file.
+        now: unix milliseconds.
+        old: seconds.
+    """
+    updated, obstacle = status.get("updated"), status.get("obstacle", "")
+    if not isinstance(updated, int):
+        return "the status file does not say when it was written; it is of an older program"
+    age = (now - updated) / 1000
+    # A clock that was put back makes no program ill.
+    if age > old:
+        return f"the status is {age:.0f} s old, more than {old:.0f} s: the program does not run, or hangs"
+    return str(obstacle)
