@@ -33,8 +33,14 @@ test: $(VENV)/.dev ## Run the default tests
 	$(BIN)/python -m pytest $(PARALLEL)
 
 .PHONY: test-all
-test-all: $(VENV)/.dev ## Run the default and the slow tests
-	$(BIN)/python -m pytest $(PARALLEL) -m "not tensorflow"
+test-all: $(VENV)/.dev ## Run the default, the slow and the container tests
+	$(BIN)/python -m pytest $(PARALLEL) -m "not tensorflow and not docker"
+	$(MAKE) test-docker
+
+# In one process: they share one engine, one set of images and one fleet.
+.PHONY: test-docker
+test-docker: $(VENV)/.dev ## Run the container tests, which skip where there is no engine
+	$(BIN)/python -m pytest -m docker -rs
 
 .venv-tf/.ready: pyproject.toml hatch_build.py
 	$(PYTHON) -m venv .venv-tf
