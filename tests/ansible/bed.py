@@ -43,6 +43,8 @@ _FLAGS: Final = (
     ),
     *("--tmpfs", "/run", "--tmpfs", "/run/lock", "--tmpfs", "/tmp"),
     *("-v", "/sys/fs/cgroup:/sys/fs/cgroup", "-e", "container=docker"),
+    # On the machine's own file system: fuse-overlayfs, which some engines have, knows no set-group-id folders.
+    *("-v", "/var/lib", "-v", "/opt"),
 )
 _CHANGED: Final = re.compile(r"^(\S+)\s+:\s+ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
 
@@ -84,12 +86,14 @@ class Play:
     Attributes:
         returncode: of ansible-playbook.
         output: all that it said.
+        seconds: how long it took.
         changed: per host.
         failed: per host, with what could not be reached.
     """
 
     returncode: int
     output: str
+    seconds: float
     changed: dict[str, int] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)
 
@@ -118,7 +122,7 @@ class Bed:
             _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
         for host in HOSTS:
             container = f"{self.name}-{host}"
-            _run("docker", "rm", "-f", container, check=False)
+            _run("docker", "rm", "-f", "-v", container, check=False)
             _run("docker", "run", "-d", "--name", container, "--hostname", host, "--network", self.name,
                  "--network-alias", host, *_FLAGS, IMAGE)  # fmt: skip
         for host in HOSTS:
@@ -134,7 +138,7 @@ class Bed:
     def down(self) -> None:
         """Remove containers and network."""
         for host in HOSTS:
-            _run("docker", "rm", "-f", f"{self.name}-{host}", check=False)
+            _run("docker", "rm", "-f", "-v", f"{self.name}-{host}", check=False)
         _run("docker", "network", "rm", self.name, check=False)
 
     def source(self, version: str, *, broken: str = "") -> Path:
@@ -161,14 +165,17 @@ class Bed:
         if variables:
             command += ["-e", json.dumps(variables)]
         started = time.monotonic()
-        done = subprocess.run([str(each) for each in command], env=self._environ(), cwd=self.folder, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout)  # fmt: skip
-        rows = _CHANGED.findall(done.stdout)
-        (self.folder / f"{name}.log").write_text(done.stdout)
-        print(f"{name} {' '.join(arguments)}: exit {done.returncode} after {time.monotonic() - started:.0f} s")
+        log = self.folder / f"{name}.log"
+        with log.open("w") as said:
+            done = subprocess.run([str(each) for each in command], env=self._environ(), cwd=self.folder,
+                                  stdout=said, stderr=subprocess.STDOUT, timeout=timeout)  # fmt: skip
+        seconds, output = time.monotonic() - started, log.read_text()
+        rows = _CHANGED.findall(output)
+        print(f"{name} {' '.join(arguments)}: exit {done.returncode} after {seconds:.0f} s")
         return Play(
             done.returncode,
-            done.stdout,
+            output,
+            seconds,
             {host: int(changed) for host, _, changed, _, _ in rows},
             {host: int(unreachable) + int(failed) for host, _, _, unreachable, failed in rows},
         )
