@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fleetfed.device import cli_enroll, memory
 from fleetfed.shared.errors import ConfigError, FleetFedError, StorageError
-from fleetfed.shared.telemetry import LEVELS, configure_logging
+from fleetfed.shared.telemetry import FORMATS, LEVELS, configure_logging, name_logs
 
 if TYPE_CHECKING:
     from fleetfed.device.config import DeviceConfig
@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 _EXAMPLE: Final = """example:
   fleetfed-device check --config device.toml
   fleetfed-device run --config device.toml
+  fleetfed-device status --config device.toml --healthy
 
 device.toml:
   identity = "identity"            # folder from `fleetfed keys issue`
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=formatter,
     )
     run.add_argument("--log-level", choices=LEVELS, help="overrides [run] log_level")
+    run.add_argument("--log-format", choices=FORMATS, help="overrides [run] log_format")
     check = commands.add_parser(
         "check",
         help="load settings, identity and data; train one step on the current model and say what would be sent",
@@ -85,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=formatter,
     )
     status.add_argument("--json", action="store_true", help="the whole status as JSON")
+    status.add_argument("--healthy", action="store_true", help="exit 0 if it runs and is connected, else 1 and why")
     for command, function in ((run, _run), (check, _check), (status, _status)):
         command.add_argument("--config", type=Path, required=True, metavar="FILE", help="device.toml")
         command.set_defaults(command=function)
@@ -106,7 +109,9 @@ def _load(options: argparse.Namespace) -> tuple[DeviceConfig, Identity]:
 
 def _run(options: argparse.Namespace) -> int:
     settings, identity = _load(options)
-    configure_logging("device", options.log_level or settings.run.log_level)
+    log_format = options.log_format or settings.run.log_format
+    configure_logging("device", options.log_level or settings.run.log_level, log_format=log_format)
+    name_logs(identity.certificate.id, identity.certificate.site)
     from fleetfed.device.runtime import DeviceRuntime
     from fleetfed.device.store import Store
     from fleetfed.device.trainer import make_trainer
@@ -141,10 +146,9 @@ def _status(options: argparse.Namespace) -> int:
     from fleetfed.device import config
 
     path = config.load(options.config).state / "status.json"
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no status; has the device run?") from None
+    if options.healthy:
+        return _healthy(path)
+    text = _read(path)
     if options.json:
         sys.stdout.write(text)
         return 0
@@ -154,6 +158,29 @@ def _status(options: argparse.Namespace) -> int:
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{path}: damaged: {error}; the device writes it anew when something changes") from error
     return 0
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no status; has the device run?") from None
+
+
+def _healthy(path: Path) -> int:
+    from fleetfed.device.status import OLD
+    from fleetfed.shared import health
+    from fleetfed.shared.clock import unix_ms
+
+    def read() -> dict[str, Any]:
+        try:
+            status: dict[str, Any] = json.loads(_read(path))
+            # A device at rest spares its disk and only touches the file.
+            return status | {"updated": max(status["updated"], int(path.stat().st_mtime * 1000))}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{path}: damaged: {error}") from error
+
+    return health.report(read, now=unix_ms(), old=OLD)
 
 
 def _status_lines(status: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from fleetfed.shared.config import Length, Range
 from fleetfed.shared.dataset import DataConfig
 from fleetfed.shared.mqtt.config import ConnectionConfig
 from fleetfed.shared.mqtt.endpoint import Endpoint
+from fleetfed.shared.telemetry import LogFormat
 
 
 class StopAs(StrEnum):
@@ -58,6 +59,8 @@ class RunConfig:
     Attributes:
         stop_as: what a clean stop says about us.
         log_level: of stderr.
+        log_format: of stderr: ``text``, or ``json`` with one object per line.
+        telemetry: whether to tell the gateway, on change and every hour, how this device fares (docs/monitoring.md).
         threads: of the TFLite runtime.
         seed: makes training and rounding repeatable; 0 draws from the operating system, as privacy wants it.
         max_model_mib: largest model file that this device takes.
@@ -65,6 +68,8 @@ class RunConfig:
 
     stop_as: StopAs = StopAs.SLEEPING
     log_level: LogLevel = LogLevel.INFO
+    log_format: LogFormat = LogFormat.TEXT
+    telemetry: bool = True
     threads: Annotated[int, Range(1, 64)] = 1
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     max_model_mib: Annotated[int, Range(1, 256)] = 64

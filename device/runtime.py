@@ -11,12 +11,14 @@ import dataclasses
 import logging
 import os
 import queue
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 from fleetfed.device import events, update
+from fleetfed.device.answers import answer_of, told
 from fleetfed.device.config import DeviceConfig, StopAs
 from fleetfed.device.events import Answer, AnswerKind
 from fleetfed.device.inbound import Inbound
@@ -27,6 +29,7 @@ from fleetfed.device.sender import Sender
 from fleetfed.device.state import DeviceMachine, DeviceState
 from fleetfed.device.status import StatusFile
 from fleetfed.device.store import Store
+from fleetfed.device.telemetry import Teller
 from fleetfed.device.trainer import Trainer
 from fleetfed.device.worker import Finished, Job, Worker
 from fleetfed.shared.clock import unix_ms
@@ -35,13 +38,13 @@ from fleetfed.shared.machine import TimerFired
 from fleetfed.shared.model.step import bound_of
 from fleetfed.shared.mqtt.config import Will
 from fleetfed.shared.systemd import Notifier
+from fleetfed.shared.telemetry import peak_mb, resident_bytes
 from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.keeper import TrustKeeper
 from fleetfed.shared.trust.sequence import SequenceFile
-from fleetfed.shared.trust.signer import Message
 from fleetfed.shared.wire import codec
-from fleetfed.shared.wire.envelope import Digest, MessageKind, digest
-from fleetfed.shared.wire.messages import Decline, DeclineReason, Life, Need, Plan, Presence
+from fleetfed.shared.wire.envelope import MessageKind, digest
+from fleetfed.shared.wire.messages import Decline, Life, Need, Presence
 from fleetfed.shared.wire.topics import Broadcast, Kind, SiteTopics, Verb
 
 _log = logging.getLogger(__name__)
@@ -126,6 +129,7 @@ class DeviceRuntime:
         self._finished: Finished | None = None
         self._systemd = Notifier()
         self._status = StatusFile(store.directory / "status.json", device=self._id, software=software)
+        self._teller = Teller(started=self._clock(), enabled=settings.run.telemetry)
         self._stopping = False
         self._stopped = False
 
@@ -168,6 +172,7 @@ class DeviceRuntime:
             self._worker.cancel()
             # Also after a crash of ours: the broker's will then says that we are lost.
             self._session.close(self._farewell() if self._stopped else None)
+            self._sender.disconnected()
             self._worker.join(timeout=10.0)
             self._write_status()
             self._store.close()
@@ -190,11 +195,13 @@ class DeviceRuntime:
             self._sender.connected()
             self._handle(events.Connected())
             self._systemd.ready("connected")
+            self._status.touch()
         elif isinstance(item, Disconnected):
             _log.info("connection lost: %s", item.reason)
             self._sender.disconnected()
             self._systemd.status("not connected")
             self._handle(events.Disconnected())
+            self._status.touch()
         elif isinstance(item, Finished):
             self._finished = item
             # What a training leaves is large: once it is stored, nobody is to hold it.
@@ -213,13 +220,13 @@ class DeviceRuntime:
             return self._inbox.get_nowait()
         except queue.Empty:
             # Nothing waits for us: a good time for what nobody waits for.
-            if self._status.dirty:
-                self._write_status()
+            resting = self._tell_and_note()
         deadline = self._machine.next_deadline()
-        wait = None if deadline is None else max((deadline - self._clock()) / 1000, _SHORTEST_WAIT)
+        until = resting if deadline is None else min(deadline, resting)
+        wait = max((until - self._clock()) / 1000, _SHORTEST_WAIT)
         watched = self._systemd.interval
         if watched is not None:
-            wait = watched if wait is None else min(wait, watched)
+            wait = min(wait, watched)
         try:
             return self._inbox.get(timeout=wait)
         except queue.Empty:
@@ -248,6 +255,7 @@ class DeviceRuntime:
 
     def _trained(self) -> None:
         assert self._finished is not None
+        self._teller.trained(self._clock())
         plan_hash, made = self._finished.plan_hash, self._finished.prepared is not None
         reason, detail = self._finished.reason, self._finished.detail
         plan = self._machine.plan
@@ -285,6 +293,7 @@ class DeviceRuntime:
             case events.RecordRound(round_, outcome, detail):
                 _log.info("round %d: %s", round_, f"{outcome}: {detail}" if detail else outcome)
                 self._status.outcome(round_, outcome, detail)
+                self._teller.outcome(outcome)
             case events.Stop():
                 self._stopped = True
             case _:
@@ -312,13 +321,13 @@ class DeviceRuntime:
                 now = self._clock()
                 message = self._signer.sign(
                     MessageKind.DECLINE,
-                    Decline(plan=plan_hash, reason=reason, detail=_told(plan, reason, detail)),
+                    Decline(plan=plan_hash, reason=reason, detail=told(plan, reason, detail)),
                     now=now,
                     round=plan.round,
                     lifetime=max(plan.expires - now, 1),
                 )
                 signer = self._inbound.signer(plan_hash)
-                answer = _answer(message, AnswerKind.DECLINE, plan, plan_hash, signer=signer, reason=str(reason))
+                answer = answer_of(message, AnswerKind.DECLINE, plan, plan_hash, signer=signer, reason=str(reason))
                 store.store_answer(answer, message.head.encode(), message.body)
                 yield events.AnswerStored(answer)
             case events.SettleAnswer(answer):
@@ -345,6 +354,7 @@ class DeviceRuntime:
             return events.InstallFailed(error.reason, error.detail)
         _log.info("model version %d, %s, from %d bytes", model.version, model.sha256.hex()[:12], size)
         self._status.touch()
+        self._teller.changed()
         return events.ModelInstalled(model)
 
     def _store_update(self, order: events.StoreUpdate) -> Answer:
@@ -357,7 +367,7 @@ class DeviceRuntime:
         message = update.sign(
             prepared, plan, plan_hash, signer=self._signer, now=self._clock(), seals=self._seals(order)
         )
-        answer = _answer(message, AnswerKind.UPDATE, plan, plan_hash, signer=self._inbound.signer(plan_hash))
+        answer = answer_of(message, AnswerKind.UPDATE, plan, plan_hash, signer=self._inbound.signer(plan_hash))
         model = self._machine.sync.holds(plan.model_version, plan.model_sha256)
         assert model is not None
         layout = self._store.card(model).layout
@@ -387,6 +397,7 @@ class DeviceRuntime:
 
     def _train(self, order: events.Train) -> None:
         self._status.training(order.plan.round, self._clock())
+        self._teller.training(self._clock())
         card = self._store.card(order.model)
         seed = self._settings.run.seed
         own = int.from_bytes(digest(self._certificate.id.encode())[:8], "little")
@@ -432,6 +443,7 @@ class DeviceRuntime:
     def _reject(self, reason: Any, detail: str) -> None:
         _log.warning("refused: %s: %s", reason, detail[:300])
         self._status.reject(str(reason))
+        self._teller.refused(str(reason))
 
     def _take_trust(self, data: bytes) -> None:
         try:
@@ -469,11 +481,45 @@ class DeviceRuntime:
         models = self._machine.sync.models
         return f"model version {models[0].version}" if models else "no model yet"
 
+    def _tell_and_note(self) -> int:
+        """Say and write down what is due; returns when something is due again."""
+        now = self._clock()
+        told = self._teller.next_deadline(now) if self._sender.online else None
+        if told is not None and told <= now:
+            self._tell(now)
+            told = self._teller.next_deadline(now)
+        if self._status.dirty:
+            self._write_status()
+        touched = self._status.alive(now)
+        return touched if told is None else min(told, touched)
+
+    def _tell(self, now: int) -> None:
+        models = self._machine.sync.models
+        telemetry = self._teller.tell(
+            now,
+            wire=self._status.total(self._session.meter.snapshot()),
+            model_version=models[0].version if models else 0,
+            account=self._machine.account,
+            cpu=round(time.process_time() * 1000),
+            memory=resident_bytes(),
+            peak=round(peak_mb() * 1e6),
+        )
+        self._sender.once(self._up(Verb.TELEMETRY), codec.encode(telemetry), qos=0)
+
+    def _obstacle(self) -> str:
+        """Why the device cannot take part now; empty when it can."""
+        if not self._sender.online:
+            return "not connected to the broker"
+        if self._trust.status(self._clock()).get("stale"):
+            return "the trust metadata has expired: no update is made"
+        return ""
+
     def _write_status(self) -> None:
         models = self._machine.sync.models
         self._status.write(
             self._clock(),
             state=str(self._machine.state),
+            obstacle=self._obstacle(),
             model=models[0] if models else None,
             wire=self._session.meter.snapshot(),
             refused_by_broker=self._sender.refused,
@@ -489,29 +535,3 @@ _HEARD: Final = (Broadcast.REVOKED, Broadcast.TRUST, Broadcast.NODE, Broadcast.M
 def _begun(account: Account, spent: int) -> Account:
     """The ledger's account, which begins with what the enrolment service says is spent (docs/enrolment.md)."""
     return dataclasses.replace(account, participations=max(account.participations, spent))
-
-
-_OF_DATA: Final = (DeclineReason.TOO_FEW_EXAMPLES, DeclineReason.TRAINING_FAILED, DeclineReason.DIVERGED)
-"""Reasons whose details may say how many examples there are, or how far a loss went."""
-
-
-def _told(plan: Plan, reason: DeclineReason, detail: str) -> str:
-    """What a decline says beside its reason: in a private round nothing of what the device's data are like."""
-    return "" if plan.privacy is not None and reason in _OF_DATA else detail[:2000]
-
-
-def _answer(
-    message: Message, kind: AnswerKind, plan: Plan, plan_hash: Digest, *, signer: bytes, reason: str = ""
-) -> Answer:
-    head = message.head
-    return Answer(
-        round=plan.round,
-        plan=plan_hash,
-        kind=kind,
-        message_id=message.id,
-        head=head.hash,
-        expires=plan.expires,
-        size=head.message_size,
-        reason=reason,
-        signer=signer,
-    )

@@ -36,12 +36,12 @@ class Sender:
         self._online = False
         self.refused = 0
 
-    def once(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+    def once(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> None:
         """Publish one small message; without a connection it is forgotten."""
         if not self._online:
             return
         try:
-            self._session.publish(topic, payload, retain=retain)
+            self._session.publish(topic, payload, qos=qos, retain=retain)
         except SessionBusyError as error:
             _log.warning("not published: %s: %s", topic, error)
 

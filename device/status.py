@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import OrderedDict
@@ -14,6 +15,10 @@ from fleetfed.device.worker import Summary
 from fleetfed.shared.mqtt.meter import ByteCount
 from fleetfed.shared.telemetry import Counters, peak_mb
 
+EVERY: Final = 60.0
+"""Seconds after which the file is at least touched, so that whoever reads it sees that the device lives."""
+OLD: Final = 3 * EVERY
+"""Seconds after which a device that has not touched it is not believed to live."""
 _MOST_ROUNDS: Final = 1000
 _MOST_BYTES: Final = 4 << 20
 
@@ -52,6 +57,7 @@ class StatusFile:
         self._rounds: OrderedDict[int, dict[str, Any]] = OrderedDict()
         self._rejected = Counters()
         self._before = ByteCount()
+        self._touched = 0
         self.dirty = True
         self._resume()
 
@@ -90,19 +96,32 @@ class StatusFile:
         """Something else changed."""
         self.dirty = True
 
+    def total(self, wire: ByteCount) -> ByteCount:
+        """Bytes on the connections of this run and of those before it."""
+        return self._before + wire
+
+    def alive(self, now: int) -> int:
+        """Touch the file where that is due; returns when it is due again."""
+        if not 0 <= now - self._touched < EVERY * 1000:
+            self._touched = now
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
+        return self._touched + round(EVERY * 1000)
+
     def write(
         self,
         now: int,
         *,
         state: str,
+        obstacle: str,
         model: HeldModel | None,
         wire: ByteCount,
         refused_by_broker: int,
         account: Account,
         trust: dict[str, Any] | None = None,
     ) -> None:
-        """Replace the file."""
-        total = self._before + wire
+        """Replace the file; ``obstacle`` says why the device cannot take part now."""
+        total = self.total(wire)
         status = {
             "id": self._device,
             "role": "device",
@@ -110,6 +129,7 @@ class StatusFile:
             "software": self._software,
             "updated": now,
             "state": state,
+            "obstacle": obstacle,
             "model_version": model.version if model else 0,
             "model_sha256": model.sha256.hex() if model else "",
             "wire": {"sent": total.sent, "received": total.received},
@@ -123,6 +143,7 @@ class StatusFile:
         temporary = self._path.with_name(".status.json")
         temporary.write_text(json.dumps(status, separators=(",", ":")) + "\n")
         temporary.replace(self._path)
+        self._touched = now
         self.dirty = False
 
     def _row(self, round_: int) -> dict[str, Any]:

@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load(arguments.config)
         if arguments.command == "status":
-            return _healthy(config) if arguments.healthy else _status(config, as_json=arguments.json)
+            if arguments.healthy:
+                return health.report(lambda: read_status(config.state), now=unix_ms())
+            return _status(config, as_json=arguments.json)
         log_format = arguments.log_format or config.log_format
         configure_logging("gateway", arguments.log_level or config.log_level, log_format=log_format)
         # Two processes with one journal and one sequence would promise in each other's name.
@@ -81,16 +83,6 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="as JSON, for programs")
     status.add_argument("--healthy", action="store_true", help="exit 0 if it runs and is connected, else 1 and why")
     return parser
-
-
-def _healthy(config: GatewayConfig) -> int:
-    try:
-        ailment = health.ailment(read_status(config.state), now=unix_ms())
-    except ConfigError as error:
-        ailment = str(error)
-    if ailment:
-        print(f"not healthy: {ailment}")
-    return FAILED if ailment else OK
 
 
 def _status(config: GatewayConfig, *, as_json: bool) -> int:

@@ -6,8 +6,10 @@ hangs or that nothing runs. ``obstacle`` in it says why the program cannot work 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
+
+from fleetfed.shared.errors import ConfigError, StorageError
 
 EVERY: Final = 20.0
 """Seconds between two writings where nothing happens."""
@@ -31,3 +33,20 @@ def ailment(status: Mapping[str, Any], *, now: int, old: float = OLD) -> str:
     if age > old:
         return f"the status is {age:.0f} s old, more than {old:.0f} s: the program does not run, or hangs"
     return str(obstacle)
+
+
+def report(read: Callable[[], Mapping[str, Any]], *, now: int, old: float = OLD) -> int:
+    """Say in one line what is wrong, for ``status --healthy``; returns the exit code, 0 for a program that is well.
+
+    Args:
+        read: reads the status file.
+        now: unix milliseconds.
+        old: seconds.
+    """
+    try:
+        found = ailment(read(), now=now, old=old)
+    except (ConfigError, StorageError) as error:
+        found = str(error)
+    if found:
+        print(f"not healthy: {found}")
+    return 1 if found else 0

@@ -12,6 +12,7 @@ does not log them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import resource
@@ -129,12 +130,21 @@ def peak_mb() -> float:
 
     Not ``ru_maxrss``: that one begins with the size of the process that started us.
     """
-    try:
-        with Path("/proc/self/status").open() as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024 / 1e6
-    except OSError:
-        pass
+    found = _of_status("VmHWM:")
+    if found is not None:
+        return found / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def resident_bytes() -> int:
+    """Memory that this program holds resident now; 0 where the kernel does not say."""
+    return _of_status("VmRSS:") or 0
+
+
+def _of_status(field: str) -> int | None:
+    with contextlib.suppress(OSError), Path("/proc/self/status").open() as status:
+        for line in status:
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    return None
