@@ -11,6 +11,7 @@ that still had them is cut off, so that a stolen disk opens no message that was 
 
 from __future__ import annotations
 
+import itertools
 import json
 import sqlite3
 import tempfile
@@ -40,6 +41,9 @@ CREATE TABLE IF NOT EXISTS previous (message_id BLOB PRIMARY KEY, device TEXT NO
 CREATE TABLE IF NOT EXISTS secrets (value BLOB NOT NULL);
 """
 _FORMAT: Final = 2
+_PAGE: Final = 32_768
+_LOG: Final = 16 << 20
+"""Bytes in the log from which it is put into the file."""
 _FROM_FORMAT_1: Final = "ALTER TABLE updates ADD COLUMN owner TEXT NOT NULL DEFAULT ''"
 _LAST: Final = ("last_round", "last_hash")
 _COUNTED: Final = "counted:"
@@ -51,6 +55,10 @@ T = TypeVar("T")
 
 _FACT: Final = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
 _ERASE: Final = "DELETE FROM secrets"
+_UPDATE: Final = "INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_ANOTHER: Final = ", (?, ?, ?, ?, ?, ?, ?, ?)"
+_TOGETHER: Final = (32, 8, 2)
+"""Updates that one statement stores; few sizes, so that all are prepared once."""
 
 
 def round_rows(event: ev.StoreRound, *, secrets: bytes = b"", cosign: bytes = b"") -> Rows:
@@ -71,7 +79,7 @@ def round_rows(event: ev.StoreRound, *, secrets: bytes = b"", cosign: bytes = b"
 def update_rows(event: ev.UpdateArrived, *, head: bytes, body: bytes | memoryview, receipt: bytes) -> Rows:
     """An accepted update with the receipt that says so."""
     values = (event.message_id, event.device, str(event.serial), event.head, head, body, receipt, event.owner)
-    return [("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)]
+    return [(_UPDATE, values)]
 
 
 def decline_rows(event: ev.StoreDecline) -> Rows:
@@ -193,10 +201,13 @@ class Journal:
         self._path = path
         try:
             self._writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            # Of a new file: a body of 100 KB takes 4 pages in place of 25, and a third less processor time.
+            self._writer.execute(f"PRAGMA page_size = {_PAGE}")
             self._writer.execute("PRAGMA journal_mode = WAL")
             # FULL: a commit returns after the log is on the disk, not merely handed to the system.
             self._writer.execute("PRAGMA synchronous = FULL")
-            self._writer.execute("PRAGMA wal_autocheckpoint = 4000")
+            (page,) = self._writer.execute("PRAGMA page_size").fetchone()
+            self._writer.execute(f"PRAGMA wal_autocheckpoint = {_LOG // page}")
             # FAST: what is deleted within a page is overwritten. Whole pages that get free are not, which would write
             # every body twice: a body is nothing without the secret that it was sealed to.
             self._writer.execute("PRAGMA secure_delete = FAST")
@@ -238,7 +249,7 @@ class Journal:
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             try:
-                for statement, values in batch:
+                for statement, values in _joined(batch):
                     done = self._writer.execute(statement, values)
                     self._log_cut &= statement != _ERASE or not done.rowcount
                 self._writer.execute("COMMIT")
@@ -367,6 +378,20 @@ class Journal:
             return self._reader.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise StorageError(f"{self._path}: {error}") from error
+
+
+def _joined(batch: Sequence[Statement]) -> Iterator[Statement]:
+    """The same in fewer statements: between any two this thread waits its turn for an interpreter that is busy."""
+    at = 0
+    while at < len(batch):
+        run = itertools.takewhile(lambda row: row[0] == _UPDATE, batch[at : at + _TOGETHER[0]])
+        updates = [values for _, values in run]
+        count = next((size for size in _TOGETHER if size <= len(updates)), 1)
+        if count == 1:
+            yield batch[at]
+        else:
+            yield _UPDATE + _ANOTHER * (count - 1), tuple(itertools.chain.from_iterable(updates[:count]))
+        at += count
 
 
 def commit_event(raw: bytes, commit: Commit) -> ev.CommitArrived:

@@ -104,6 +104,8 @@ class Performer:
         # Heads that are queued for the disk: a proposal may be made before they are there.
         self._fresh: dict[MessageId, bytes] = {}
         self._fresh_proposals: dict[str, bytes] = {}
+        # Receipts on their way through the pipeline: to read each of them back would cost as much as to sign it.
+        self._receipts: dict[MessageId, bytes] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._plan = b""
         self._cosign = b""
@@ -195,7 +197,7 @@ class Performer:
             _log.warning("the broker refuses: %s", error)
 
     def _send_stored(self, kind: Kind, member: str, message_id: MessageId) -> None:
-        receipt = self._journal.receipt(message_id)
+        receipt = self._receipts.pop(message_id, None) or self._journal.receipt(message_id)
         # None: the round was over in the meantime, and its journal with it.
         if receipt is not None:
             self.publish(self._below, self._site.down(kind, member, Verb.RECEIPT), receipt)
@@ -300,6 +302,7 @@ class Performer:
                 self._abort(instruction)
             case ev.ForgetRound():
                 self._sum, self._cosign = None, b""
+                self._receipts.clear()
                 pipeline.store(rows.forget_rows(instruction))
             case ev.LowerRound():
                 pipeline.store(rows.lower_rows(instruction))
@@ -331,6 +334,7 @@ class Performer:
         self.accepted += 1
         self.accepted_bytes += update.size
         self._fresh[update.message_id] = parcel.head
+        self._receipts[update.message_id] = receipt
         self._pipeline.store(
             rows.update_rows(update, head=parcel.head, body=parcel.body, receipt=receipt),
             functools.partial(self._fresh.pop, update.message_id, None),

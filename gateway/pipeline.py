@@ -10,10 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
+from typing import Final
 
 from fleetfed.gateway.journal import Journal, Rows
 
 Send = Callable[[], object]
+
+ROOM: Final = 16 << 20
+"""Bytes that may wait for the disk before nothing more is taken in."""
 
 
 class Pipeline:
@@ -30,12 +34,15 @@ class Pipeline:
         self._queue: list[Rows | Send] = []
         self._wake = asyncio.Event()
         self._writing = False
+        self._waiting = 0
+        self._written = asyncio.Event()
         self.commits = 0
         self.rows = 0
 
     def store(self, rows: Rows, durable: Send | None = None) -> None:
         """Queue rows; ``durable`` is called when they are on disk."""
         self._queue.append(rows)
+        self._waiting += _size(rows)
         if durable is not None:
             self._queue.append(durable)
         self._wake.set()
@@ -52,6 +59,12 @@ class Pipeline:
     def idle(self) -> bool:
         """Whether nothing is queued or being written."""
         return not self._queue and not self._writing
+
+    async def room(self) -> None:
+        """Return once less than `ROOM` bytes wait: a slow disk holds senders back, in place of filling the memory."""
+        while self._waiting >= ROOM:
+            self._written.clear()
+            await self._written.wait()
 
     async def run(self) -> None:
         """Work until cancelled.
@@ -71,8 +84,14 @@ class Pipeline:
                     await loop.run_in_executor(self._executor, self._journal.write, statements)
                 finally:
                     self._writing = False
+                    self._waiting -= _size(statements)
+                    self._written.set()
                 self.commits += 1
                 self.rows += len(statements)
             for item in batch:
                 if not isinstance(item, list):
                     item()
+
+
+def _size(rows: Rows) -> int:
+    return sum(len(value) for _, values in rows for value in values if isinstance(value, bytes | memoryview))

@@ -9,7 +9,8 @@ on arrival, a window of confirmations that respects the broker's, prompt failure
 answering, and a write path that needs no trip through the selector.
 
 It reaches into these private members of aiomqtt 2.5 and paho 2.2, nothing else in the project does:
-``Client._client``, ``_connected``, ``_disconnected``, ``_on_*`` (aiomqtt), ``_create_socket``, ``_sock_close`` (paho).
+``Client._client``, ``_connected``, ``_disconnected``, ``_on_*`` (aiomqtt), ``_create_socket``, ``_sock_close``,
+``_sock_send`` (paho).
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ _FILTERS_PER_PACKET: Final = 8
 
 _PUBLISH_OVERHEAD: Final = 16
 """Bytes around topic and payload in a PUBLISH without properties, rounded up."""
+
+_GATHERED: Final = 64 * 1024
+"""Bytes of packets that leave in one go: a turn's many small ones share a TLS record and a system call."""
+_DISCONNECT: Final = 0xE0
 
 _GOODBYE: Final = 1.0
 """Seconds to get a DISCONNECT out before the socket is just closed."""
@@ -144,6 +149,8 @@ class Link(aiomqtt.Client):
         self._abandoned = False
         self._reading = True
         self._fd = -1
+        self._gathered = bytearray()
+        self._client._sock_send = self._gather  # type: ignore[method-assign, assignment]
         self._client.manual_ack_set(True)
         self._client.connect_timeout = config.connect_timeout
         self._client._create_socket = self._create_socket  # type: ignore[method-assign]
@@ -177,7 +184,7 @@ class Link(aiomqtt.Client):
         self._abandon("closed by us")
 
     async def publish_confirmed(self, topic: str, payload: bytes, *, qos: int, retain: bool) -> None:
-        """Publish; returns when the broker confirmed (QoS 0: when the bytes were handed to the kernel).
+        """Publish; returns when the broker confirmed (QoS 0: when it is on its way to the kernel).
 
         Raises:
             SessionLostError: the connection ended first.
@@ -386,13 +393,59 @@ class Link(aiomqtt.Client):
     def _write(self) -> None:
         try:
             self._client.loop_write()
+            self._flush()
+        except OSError as error:
+            self._abandon(str(error))
+            return
         except Exception as error:  # noqa: BLE001  # as above
             _log.exception("writing to the broker")
             self._abandon(repr(error))
             return
         sock = self._client.socket()
-        if sock is not None and self._client.want_write():
+        if sock is None:
+            return
+        if self._gathered or self._client.want_write():
             self._loop.add_writer(sock.fileno(), self._write)
+        else:
+            self._loop.remove_writer(sock.fileno())
+
+    def _gather(self, packet: bytes | bytearray) -> int:
+        """What paho calls to send: keep the packet until the turn's last one is here.
+
+        Raises:
+            BlockingIOError: the kernel takes no more now.
+        """
+        # After a DISCONNECT paho closes the socket; to copy a large packet would save nothing.
+        alone = packet[0] == _DISCONNECT or len(packet) >= _GATHERED
+        if alone or len(self._gathered) >= _GATHERED:
+            self._flush()
+            if self._gathered:
+                raise BlockingIOError
+        if alone:
+            return self._send_now(packet)
+        self._gathered += packet
+        return len(packet)
+
+    def _flush(self) -> None:
+        """Hand what was gathered to the kernel, as far as it takes it."""
+        while self._gathered:
+            try:
+                # A copy: OpenSSL may look at what it could not send for longer than this call, and a buffer in use
+                # cannot grow.
+                sent = self._send_now(bytes(self._gathered))
+            except BlockingIOError:
+                return
+            del self._gathered[:sent]
+
+    def _send_now(self, data: bytes | bytearray) -> int:
+        # Not paho's own, which asks for another turn at once where the kernel's buffer is full.
+        sock = self._client.socket()
+        if sock is None:
+            raise ConnectionError("no socket")
+        try:
+            return sock.send(data)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            raise BlockingIOError from error
 
     def _settle(self, mid: int, code: int) -> None:
         answer = self._unconfirmed.pop(mid, None)

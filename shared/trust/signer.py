@@ -24,6 +24,8 @@ _LEVEL = 3
 """Of zstd: signed bodies are small, or compressed already."""
 _COMPRESS_FROM = 512
 """Bytes from which a body is worth compressing."""
+_NO_HASH = Digest(bytes(32))
+"""Of a body that is not there yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +130,17 @@ class Signer:
             body_hash: its hash, from whoever has taken it already where the body is large.
         """
         header = self._header(
-            kind, now, round, lifetime, body=len(body), raw=raw_size, compressed=compressed, extension=len(extension)
+            kind,
+            now,
+            round,
+            lifetime,
+            body=len(body),
+            raw=raw_size,
+            compressed=compressed,
+            extension=len(extension),
+            body_hash=digest(body) if body_hash is None else body_hash,
         )
-        return self._message(header, body, extension, body_hash)
+        return self._message(header, body, extension)
 
     def sign_bound(
         self,
@@ -155,7 +165,7 @@ class Signer:
         )
         body, extension = fill(header)
         assert (len(body), len(extension)) == (body_size, extension_size)
-        return self._message(header, body, extension)
+        return self._message(replace(header, body_hash=digest(body)), body, extension)
 
     def _header(
         self,
@@ -168,6 +178,7 @@ class Signer:
         raw: int,
         compressed: bool,
         extension: int,
+        body_hash: Digest = _NO_HASH,
     ) -> Header:
         return Header(
             kind=kind,
@@ -181,13 +192,12 @@ class Signer:
             body_size=body,
             raw_size=raw,
             compressed=compressed,
-            body_hash=Digest(bytes(32)),
+            body_hash=body_hash,
             extension_size=extension,
             certificate_size=len(self._encoded_certificate),
         )
 
-    def _message(self, header: Header, body: bytes, extension: bytes, body_hash: Digest | None = None) -> Message:
-        header = replace(header, body_hash=digest(body) if body_hash is None else body_hash)
+    def _message(self, header: Header, body: bytes, extension: bytes) -> Message:
         signed = header.encode() + extension
         signature = self._key.sign(signed_bytes(header.kind, signed))
         return Message(Head(header, extension, signature, self._encoded_certificate, signed), body)
