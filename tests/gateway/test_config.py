@@ -85,7 +85,7 @@ def test_a_damaged_journal_is_exit_code_3(tmp_path: Path, capsys: pytest.Capture
 def test_status_before_the_first_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, SHORT)
     assert cli.main(["status", "--config", str(path)]) == cli.BAD_CONFIG
-    assert "after the first round" in capsys.readouterr().err
+    assert "when the gateway starts" in capsys.readouterr().err
 
 
 def test_status_prints_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
