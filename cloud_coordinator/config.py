@@ -46,8 +46,10 @@ from fleetfed.shared.aggregate.lanes import choose_lane_bits
 from fleetfed.shared.dataset import DataConfig
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.model.patch import DEFAULT_CLIP
+from fleetfed.shared.monitoring.config import CoordinatorMonitoringConfig
 from fleetfed.shared.mqtt.config import ConnectionConfig
 from fleetfed.shared.mqtt.endpoint import Endpoint
+from fleetfed.shared.telemetry import LogFormat
 from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.codec import Length, Range
 from fleetfed.shared.wire.defence import Defence
@@ -287,8 +289,10 @@ class CoordinatorConfig:
         clips: the scale of updates.
         patch: the scale of patches.
         storage: the database and retention.
+        monitoring: where Prometheus finds it, and how many sites it sees.
         autostart: run rounds from the first start on, without `fleetfed round start`.
         log_level: of the standard logging module.
+        log_format: of stderr: ``text``, or ``json`` with one object per line.
     """
 
     identity: Path
@@ -301,8 +305,10 @@ class CoordinatorConfig:
     clips: ClipConfig = field(default_factory=ClipConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
+    monitoring: CoordinatorMonitoringConfig = field(default_factory=CoordinatorMonitoringConfig)
     autostart: bool = False
     log_level: Annotated[str, Length(1, 20)] = "INFO"
+    log_format: LogFormat = LogFormat.TEXT
 
     def __post_init__(self) -> None:
         for bits in (self.clips.bits, self.clips.first_bits):

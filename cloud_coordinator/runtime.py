@@ -20,19 +20,22 @@ from typing import Any, Final
 from fleetfed.cloud_coordinator.config import CoordinatorConfig
 from fleetfed.cloud_coordinator.control.handler import Control
 from fleetfed.cloud_coordinator.inbox import Inbox
+from fleetfed.cloud_coordinator.monitoring import CoordinatorView
 from fleetfed.cloud_coordinator.publish import Outgoing
 from fleetfed.cloud_coordinator.service import Coordinator
 from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
 from fleetfed.cloud_coordinator.storage.store import Store
+from fleetfed.shared import health
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import StorageError
 from fleetfed.shared.files import locked, write_atomic
+from fleetfed.shared.monitoring.server import MonitoringServer
 from fleetfed.shared.mqtt.config import Will
 from fleetfed.shared.mqtt.errors import PublishRefusedError, SessionLostError
-from fleetfed.shared.mqtt.meter import ByteMeter
-from fleetfed.shared.mqtt.session import Session
+from fleetfed.shared.mqtt.meter import ByteCount, ByteMeter
+from fleetfed.shared.mqtt.session import Session, SessionStatistics
 from fleetfed.shared.systemd import Notifier, beat
-from fleetfed.shared.telemetry import peak_mb
+from fleetfed.shared.telemetry import name_logs, peak_mb
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.sequence import SequenceFile
@@ -128,9 +131,10 @@ class Runtime:
     """
 
     def __init__(self, config: CoordinatorConfig) -> None:
-        self._config = config
-        self._identity = Identity.load(config.identity, role=Role.COORDINATOR)
-        certificate = self._identity.certificate
+        self.config = config
+        self.identity = Identity.load(config.identity, role=Role.COORDINATOR)
+        certificate = self.identity.certificate
+        name_logs(certificate.id, certificate.site)
         self._id = certificate.id
         self._topics = SiteTopics(certificate.fleet, CLOUD_SITE)
         self._session_number = secrets.randbits(63)
@@ -144,11 +148,11 @@ class Runtime:
         try:
             self._coordinator = Coordinator(
                 config,
-                identity=self._identity,
+                identity=self.identity,
                 store=self._store,
                 blobs=blobs,
                 clock=unix_ms,
-                signer=self._identity.signer(sequence=SequenceFile(config.state / "sequence"), randomness=os.urandom),
+                signer=self.identity.signer(sequence=SequenceFile(config.state / "sequence"), randomness=os.urandom),
                 randomness=os.urandom,
                 send=self._send,
                 wake=self._changed.set,
@@ -160,6 +164,7 @@ class Runtime:
                 subscriptions=self._inbox.subscriptions,
                 on_connect=self._connected,
                 on_message=self._message,
+                on_disconnect=self._disconnected,
                 will=Will(topic=self._topics.broadcast(Broadcast.NODE), payload=self._presence(Life.LOST)),
                 rng=random.Random(),  # noqa: S311
                 meter=self._meter,
@@ -168,6 +173,7 @@ class Runtime:
             self._store.close()
             raise
         self._sender = Sender(self._session)
+        self._status_due = asyncio.Event()
         self._written_rounds = -1
         self._systemd = Notifier()
 
@@ -175,21 +181,25 @@ class Runtime:
         """Run until ``stop`` is set.
 
         Raises:
+            ConfigError: ``[monitoring] listen`` cannot be listened on.
             StorageError: durable state cannot be written.
         """
         tasks: list[asyncio.Task[Any]] = []
         life = asyncio.create_task(beat(self._systemd), name="systemd")
+        monitoring: MonitoringServer | None = None
         try:
+            monitoring = MonitoringServer(self.config.monitoring, CoordinatorView(self))
             # Before anything can arrive.
             run = self._coordinator.machine.run.settings
-            await self._coordinator.book.privacy.prepare(run.privacy, self._config.rounds.privacy)
+            await self._coordinator.book.privacy.prepare(run.privacy, self.config.rounds.privacy)
             session = asyncio.create_task(self._session.run(), name="session")
             tasks += [session, asyncio.create_task(self._sender.run(), name="sender")]
             self._coordinator.start()
             assert self._coordinator.failed is not None
             timers = asyncio.create_task(self._timers(), name="timers")
             stopping = asyncio.create_task(stop.wait(), name="stop")
-            tasks += [timers, stopping]
+            noting = asyncio.create_task(self._keep_status(), name="status")
+            tasks += [timers, stopping, noting]
             waited: set[asyncio.Future[Any]] = {*tasks, self._coordinator.failed}
             done, _ = await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             if stopping not in done:
@@ -198,11 +208,13 @@ class Runtime:
             self._systemd.stopping()
             await self._farewell()
         finally:
+            if monitoring is not None:
+                monitoring.close()
             for task in (*reversed(tasks), life):
                 task.cancel()
             await asyncio.gather(*tasks, life, return_exceptions=True)
             await self._coordinator.stop()
-            write_atomic(self._config.state / "status.json", self._status())
+            write_atomic(self.config.state / "status.json", self._status())
             self._store.close()
 
     async def _farewell(self) -> None:
@@ -215,9 +227,14 @@ class Runtime:
     async def _connected(self, session_present: bool) -> None:
         self._sender.put(self._node(Life.READY))
         self._systemd.ready("connected")
+        self._status_due.set()
         if self._sender.stale or not session_present:
             self._sender.stale = False
             self._coordinator.publish_everything()
+
+    async def _disconnected(self, reason: str) -> None:
+        self._systemd.status("not connected")
+        self._status_due.set()
 
     async def _message(self, topic: str, payload: bytes, retained: bool) -> None:
         del retained
@@ -236,7 +253,37 @@ class Runtime:
             rounds = self._coordinator.finished_rounds
             if rounds != self._written_rounds:
                 self._written_rounds = rounds
-                await asyncio.to_thread(write_atomic, self._config.state / "status.json", self._status())
+                self._status_due.set()
+
+    async def _keep_status(self) -> None:
+        """Write the status when it changes, and now and then, so that whoever reads it sees that the loop turns."""
+        while True:
+            self._status_due.clear()
+            try:
+                await asyncio.to_thread(write_atomic, self.config.state / "status.json", self._status())
+            except OSError as error:
+                # What matters more than this file says for itself that the disk is full.
+                _log.warning("status.json: %s", error)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(health.EVERY):
+                    await self._status_due.wait()
+
+    @property
+    def coordinator(self) -> Coordinator:
+        """Which decides."""
+        return self._coordinator
+
+    def connection(self) -> tuple[SessionStatistics, ByteCount]:
+        """The connection to the broker, and its bytes."""
+        return self._session.statistics(), self._meter.snapshot()
+
+    def obstacle(self) -> str:
+        """Why the coordinator cannot work now; empty when it can."""
+        if not self._session.connected:
+            return "not connected to the broker"
+        if self._coordinator.trust.status().get("stale"):
+            return "the trust metadata has expired: no round counts"
+        return ""
 
     def _presence(self, life: Life) -> bytes:
         since = 0 if life is Life.LOST else unix_ms()
@@ -261,6 +308,7 @@ class Runtime:
             "model_version": 0 if newest is None else newest.version,
             "model_sha256": "" if newest is None else newest.sha256.hex(),
             "state": coordinator.machine.state.value,
+            "obstacle": self.obstacle(),
             "round": coordinator.machine.last_round,
             "wire": {"sent": wire.sent, "received": wire.received},
             "rss_mb_max": round(peak_mb(), 1),

@@ -23,6 +23,7 @@ from fleetfed.cloud_coordinator.book import NO_HELPER, Revealed, RoundBook
 from fleetfed.cloud_coordinator.config import CoordinatorConfig, RoundSettings
 from fleetfed.cloud_coordinator.control import report
 from fleetfed.cloud_coordinator.fleet import Fleet
+from fleetfed.cloud_coordinator.monitoring import CoordinatorTally
 from fleetfed.cloud_coordinator.proposals import PlanInForce
 from fleetfed.cloud_coordinator.publish import MANIFEST, PLAN, REVOCATIONS, Outgoing, Publisher
 from fleetfed.cloud_coordinator.round import Round
@@ -53,7 +54,7 @@ from fleetfed.shared.trust.signer import Message, Signer
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.chunks import split
 from fleetfed.shared.wire.envelope import MessageKind, parse_head
-from fleetfed.shared.wire.messages import Outcome, Receipt, Revocations, RoundEnd, Status
+from fleetfed.shared.wire.messages import Mode, Outcome, Receipt, Revocations, RoundEnd, Status
 from fleetfed.shared.wire.topics import CLOUD_SITE, Broadcast, Kind, SiteTopics, Verb
 
 _log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class Coordinator:
         self.verifier = identity.verifier()
         self.topics = SiteTopics(identity.certificate.fleet, CLOUD_SITE)
         self.rejected = Counters()
+        self.tally = CoordinatorTally()
         self.clock = clock
         self.evaluator = None if config.validation is None else Evaluator(config.validation)
         self.helpers = Helpers(self.verifier)
@@ -343,6 +345,8 @@ class Coordinator:
             case ev.StoreReveal(message):
                 assert self._revealed is not None
                 self.book.reveal(message, self._revealed, now)
+                if self.current is not None and self.current.plan.mode is Mode.SPLIT:
+                    self.tally.revealed(self._revealed.result)
             case ev.SendStoredReceipt(gateway):
                 self.resend_receipt(self._exchange(gateway))
             case ev.Refuse():
@@ -350,6 +354,7 @@ class Coordinator:
             case ev.StartStep(number):
                 # Not before the partials are durable: a version must never hold what a restart would not find.
                 self._step_due = number
+                self.tally.stepping(now)
             case ev.StoreAbort(number, reason):
                 self._ended(self.book.abort(number, reason, now))
             case ev.PublishModel():
@@ -387,6 +392,9 @@ class Coordinator:
     def _ended(self, record: RoundRecord) -> None:
         self.reveals.clear()
         self.finished_rounds += 1
+        # A problem that came up while the round was open is that its sum could not be applied.
+        progress = self.fleet.progress(record.number)
+        self.tally.ended(record, progress, step=bool(self.machine.run.problem))
         self.history.append(report.history_row(record))
 
     # --- The step -----------------------------------------------------------------------------------------------------

@@ -153,6 +153,11 @@ class CoordinatorMachine(Machine[State]):
             return self._not_before
         return None
 
+    @property
+    def reached(self) -> bool:
+        """Whether this run has the accuracy that it is for."""
+        return 0 < self.run.settings.target_accuracy <= (self._accuracy or 0.0)
+
     def validate(self) -> None:
         """Assert every invariant."""
         assert (self.round is not None) == (self.state in (State.COLLECTING, State.STEPPING)), self.state
@@ -173,9 +178,7 @@ class CoordinatorMachine(Machine[State]):
             return State.IDLE
         if self.run.wish is Wish.PAUSE:
             return State.PAUSED
-        settings = self.run.settings
-        reached = settings.target_accuracy > 0 and (self._accuracy or 0.0) >= settings.target_accuracy
-        if reached or 0 < settings.rounds <= self.made:
+        if self.reached or 0 < self.run.settings.rounds <= self.made:
             return State.FINISHED
         return State.WAITING
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from fleetfed.cloud_coordinator.cli import output
 from fleetfed.cloud_coordinator.control.errors import CommandFailedError
-from fleetfed.shared.telemetry import LEVELS
+from fleetfed.shared.errors import ConfigError, StorageError
+from fleetfed.shared.telemetry import FORMATS, LEVELS
 
 TEMPLATE = """\
 # Settings of the FleetFed coordinator. Relative paths begin at this file's folder. What is commented out shows the
@@ -64,6 +67,8 @@ learning_rate = 0.05
 # bits = 4                     # of one coordinate of an update
 # [patch]
 # bits = 4                     # of one weight's difference on the way down
+# [monitoring]
+# listen = "127.0.0.1:9464"    # /metrics, /healthz and /readyz for Prometheus; default: nowhere
 # [storage]
 # database = "postgresql+psycopg://fleetfed@db/fleetfed"   # default: SQLite in the state folder
 """
@@ -120,12 +125,51 @@ def init(config: Path, identity: str, host: str, port: int, model: str, as_json:
 @coordinator.command(epilog=output.example("fleetfed coordinator run --config coordinator.toml"))
 @_config
 @click.option("--log-level", type=click.Choice(LEVELS), help="Instead of the file's.")
-def run(config: Path, log_level: str | None) -> int:
+@click.option("--log-format", type=click.Choice(FORMATS), help="Instead of the file's.")
+def run(config: Path, log_level: str | None, log_format: str | None) -> int:
     """Run the coordinator until SIGTERM or Ctrl-C; a later start goes on where it stopped."""
     from fleetfed.cloud_coordinator.config import CoordinatorConfig
     from fleetfed.cloud_coordinator.runtime import run_coordinator
     from fleetfed.shared.telemetry import configure_logging
 
     settings = CoordinatorConfig.load(config)
-    configure_logging("coordinator", log_level or settings.log_level)
+    configure_logging("coordinator", log_level or settings.log_level, log_format=log_format or settings.log_format)
     return asyncio.run(run_coordinator(settings))
+
+
+@coordinator.command(
+    epilog=output.example("fleetfed coordinator status --json", "fleetfed coordinator status --healthy")
+)
+@_config
+@click.option("--healthy", is_flag=True, help="Exit 0 if it runs and is connected, else 1 and say why.")
+@output.json_option
+def status(config: Path, healthy: bool, as_json: bool) -> int:
+    """Show what the coordinator last wrote about itself; `fleetfed round status` asks the running one."""
+    from fleetfed.cloud_coordinator.config import CoordinatorConfig
+    from fleetfed.shared import health
+    from fleetfed.shared.clock import unix_ms
+
+    path = CoordinatorConfig.load(config).state / "status.json"
+    if healthy:
+        return health.report(lambda: _read(path), now=unix_ms())
+    table = _read(path)
+    if as_json:
+        output.print_json(table)
+        return 0
+    width = max(map(len, table))
+    for name, item in sorted(table.items()):
+        pairs = ", ".join(f"{key} {value}" for key, value in item.items()) if isinstance(item, dict) else item
+        print(f"{name:<{width}}  {'none' if pairs == '' else pairs}")
+    return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; it is written when the coordinator starts") from error
+    except ValueError as error:
+        raise StorageError(f"{path}: {error}") from error
+    if not isinstance(table, dict):
+        raise StorageError(f"{path}: not a status")
+    return table

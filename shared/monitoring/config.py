@@ -37,6 +37,17 @@ class GatewayMonitoringConfig(MonitoringConfig):
     devices: Annotated[int, Range(0, 100_000)] = 5000
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorMonitoringConfig(MonitoringConfig):
+    """The coordinator also shows its sites.
+
+    Attributes:
+        sites: sites with series of their own; the devices of further ones are added up under the label ``other``.
+    """
+
+    sites: Annotated[int, Range(0, 10_000)] = 1000
+
+
 def address(listen: str) -> tuple[str, int]:
     """Host and port of ``host:port``; an IPv6 address stands in brackets.
 

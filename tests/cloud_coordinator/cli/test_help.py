@@ -42,7 +42,7 @@ def test_the_commands_are_those_of_the_manual() -> None:
         "fleet": {"list", "show", "quarantine", "release"},
         "privacy": {"plan", "explain"},
         "keys": {"init", "issue", "revoke", "list", "crl", "policy", "sign", "renew", "rotate", "publish", "status"},
-        "coordinator": {"init", "run"},
+        "coordinator": {"init", "run", "status"},
         "broker": {"run", "render"},
     }
     assert {group: {path[1] for path in LEAVES if path[0] == group} for group in wanted} == wanted
