@@ -257,8 +257,6 @@ def render_acl(inventory: Inventory) -> str:
         users.setdefault(name, []).extend(_member_lines(inventory.fleet, site, Kind.GATEWAY, gateway))
     for uplink in inventory.uplinks.values():
         users[uplink.node].extend(_member_lines(inventory.fleet, uplink.site, Kind.GATEWAY, uplink.node))
-        # What its own broker says of the bridge.
-        users[uplink.node].append(f"topic read {_link(inventory.fleet, uplink)}")
     for name in inventory.denied:
         users[name] = [f"topic deny {PREFIX}/{inventory.fleet}/#"]
     blocks = [f"# Who may read and write what in fleet {inventory.fleet}; rendered, do not edit.\n"]
@@ -270,11 +268,16 @@ def render_acl(inventory: Inventory) -> str:
 
 def _member_lines(fleet: str, site: str, kind: Kind, name: str) -> list[str]:
     root = SiteTopics(fleet, site).root
-    return [
+    lines = [
         f"topic write {root}/{kind}/{name}/{Direction.UP}/+",
         f"topic read {root}/{kind}/{name}/{Direction.DOWN}/+",
         f"topic read {root}/b/#",
     ]
+    if kind is Kind.GATEWAY:
+        # It always listens to what its own broker says of a bridge, and a stricter broker than Mosquitto closes the
+        # connection of who listens to what it may not read.
+        lines.append(f"topic read {root}/{kind}/{name}/{Direction.UP}/{Verb.LINK}")
+    return lines
 
 
 def _link(fleet: str, uplink: Uplink) -> str:

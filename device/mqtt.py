@@ -44,6 +44,7 @@ from typing import Final, Protocol
 
 from fleetfed.device.link import BACKLOG_POLL, Ack, Command, Link, Publish, Received, Subscribe
 from fleetfed.shared.errors import LocalProtocolError
+from fleetfed.shared.mqtt.addresses import Addresses
 from fleetfed.shared.mqtt.backoff import Backoff
 from fleetfed.shared.mqtt.config import ConnectionConfig, Will
 from fleetfed.shared.mqtt.errors import SessionBusyError
@@ -160,7 +161,8 @@ class DeviceSession:
     ) -> None:
         if config.tls is not None:
             client_context(config.tls)
-        self.config = config
+        self._addresses = Addresses(config)
+        self.config = self._addresses.config
         self.meter = meter if meter is not None else ByteMeter()
         self._will = will
         self._inbox = inbox
@@ -290,6 +292,7 @@ class DeviceSession:
     def _connect_once(self) -> bool:
         """Make one connection and see it end; returns whether to try again without a pause."""
         self._version5 = self._version.version5()
+        self.config = self._addresses.config
         self._connection += 1
         link = Link(self, self._connection, version5=self._version5)
         self._link = link
@@ -305,17 +308,17 @@ class DeviceSession:
         if link.announced:
             _log.info("%s: lost the broker: %s", self.config.client_id, reason)
             self.post(Disconnected(reason))
-            return False
+            return self._addresses.lost(time.monotonic() - began)
         self._failed += 1
         _log.info("%s: cannot connect to %s:%d: %s", self.config.client_id, self.config.host, self.config.port, reason)
         if link.accepted:
-            return False
+            return self._addresses.failed()
         if link.refused is not None:
-            return self._version.refused(link.refused)
+            return self._version.refused(link.refused) or self._addresses.failed()
         if link.reached:
-            return self._version.closed()
+            return self._version.closed() or self._addresses.failed()
         self._version.unreachable()
-        return False
+        return self._addresses.failed()
 
     def _forget_commands(self) -> None:
         """What was queued for a connection that is gone is lost with it; the caller publishes it again."""

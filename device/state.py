@@ -268,8 +268,9 @@ class DeviceMachine(Machine[DeviceState]):
         return self.sync.disconnected()
 
     def _on_node_born(self, event: NodeBorn, now: int) -> list[Any]:
-        # The broker's copy follows every connect of ours, for which everything was just sent.
-        return [] if event.retained else self._send_again(now)
+        # The broker's copy follows every connect of ours, for which everything was just sent. A gateway that has just
+        # begun to listen knows us by what the broker kept, if it is one that hands that out on wildcards.
+        return [] if event.retained or not self._online else [Announce(), *self._send_again(now)]
 
     def _send_again(self, now: int) -> list[Any]:
         answer = self.answer

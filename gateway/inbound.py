@@ -133,8 +133,14 @@ class Inbound:
             MessageKind.COMMIT, verifier, site=None, admit=_any, budget=2 * limits.MAX_PROPOSAL, named=False
         )
 
-    def receive(self, topic: str, payload: bytes) -> None:
-        """Take one message; nothing that a peer sends raises."""
+    def receive(self, topic: str, payload: bytes, *, live: bool = False) -> None:
+        """Take one message; nothing that a peer sends raises.
+
+        Args:
+            topic: where.
+            payload: what.
+            live: it was said just now, and is no copy that the broker had kept.
+        """
         try:
             where = parse(topic)
             if where.fleet != self._site.fleet:
@@ -142,7 +148,7 @@ class Inbound:
             if where.site == self._site.site:
                 self._from_below(where, payload)
             elif where.site == self._upstream.site:
-                self._from_above(where, payload)
+                self._from_above(where, payload, live=live)
             else:
                 raise RemoteProtocolError(RejectReason.WRONG_SITE, topic[:200])
         except RemoteProtocolError as error:
@@ -352,7 +358,7 @@ class Inbound:
 
     # --- Above ---------------------------------------------------------------------------------------------------
 
-    def _from_above(self, where: Any, payload: bytes) -> None:
+    def _from_above(self, where: Any, payload: bytes, *, live: bool) -> None:
         match where:
             case BlobTopic():
                 self._relay.chunk(where, payload)
@@ -369,7 +375,7 @@ class Inbound:
             case BroadcastTopic(what=Broadcast.TRUST) if payload:
                 self._trusted(payload)
             case BroadcastTopic(what=Broadcast.NODE) if payload:
-                self._node(codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE))
+                self._node(codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE), live=live)
             case MemberTopic(member=self._gateway, verb=Verb.LINK):
                 up = parse_link(payload)
                 if up is not None:
@@ -399,11 +405,13 @@ class Inbound:
         if stale:
             self.receive(self._upstream.broadcast(Broadcast.PLAN), stale)
 
-    def _node(self, presence: Presence) -> None:
+    def _node(self, presence: Presence, *, live: bool) -> None:
         # A new birth: the node above, or its connection, is not the one that heard us; its broker may have lost what
-        # waited for it.
+        # waited for it. A first one that is live came after we spoke, and some brokers hand out what they keep only to
+        # who asks for that very topic.
         before, self._upstream_birth = self._upstream_birth, (presence.session, presence.since)
-        if before not in (None, self._upstream_birth) and presence.life is Life.READY:
+        known = before is not None or live
+        if known and before != self._upstream_birth and presence.life is Life.READY:
             self._reborn()
 
     def _receipt(self, payload: bytes) -> None:

@@ -117,6 +117,7 @@ class Gateway:
         self.tally = GatewayTally()
         self.tales = Tales()
         self._bridge_up = True
+        self._birth = b""
         self._life = secrets.randbits(62)
         self._verifier = identity.verifier()
         state = config.state
@@ -371,8 +372,8 @@ class Gateway:
     async def _on_above(self, session_present: bool) -> None:
         # Ready means: can serve. Nobody need wait for a gateway that does not reach its own site.
         await self._site_up.wait()
-        birth = self._presence(Life.READY, since=unix_ms())
-        await self._say(self._above, self.upstream.up(Kind.GATEWAY, self.id, Verb.STATE), birth)
+        self._birth = self._presence(Life.READY, since=unix_ms())
+        await self._say(self._above, self.upstream.up(Kind.GATEWAY, self.id, Verb.STATE), self._birth)
         self.relay.reconnected()
         self._fed(ev.UpstreamConnected())
         self._systemd.ready("connected")
@@ -388,12 +389,14 @@ class Gateway:
         self._save_status()
 
     async def _on_message(self, topic: str, payload: bytes, retained: bool) -> None:
-        self.inbound.receive(topic, payload)
+        self.inbound.receive(topic, payload, live=not retained)
         self._timer_changed.set()
 
     def _upstream_reborn(self) -> None:
         """The node above started anew, or its connection did: it may have missed what we said."""
-        if self._above.connected:
+        if self._above.connected and self._birth:
+            topic = self.upstream.up(Kind.GATEWAY, self.id, Verb.STATE)
+            self.performer.publish(self._above, topic, self._birth, retain=True)
             self._fed(ev.UpstreamConnected())
 
     def _bridged(self, up: bool) -> None:

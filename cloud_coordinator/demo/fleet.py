@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
 from fleetfed.cloud_coordinator.control.client import OperatorConfig
@@ -119,10 +119,11 @@ class Fleet:
         )
         return {place.id: self.folder.status(place.id) for place in places}
 
-    def operator(self, name: str, port: int) -> OperatorConfig:
+    def operator(self, name: str, port: int, others: Sequence[str] = ()) -> OperatorConfig:
         """How an operator of this fleet connects."""
         return OperatorConfig(
-            identity=self.folder.keys / "identities" / name, broker=Endpoint(host=layout.HOST, port=port)
+            identity=self.folder.keys / "identities" / name,
+            broker=Endpoint(host=layout.HOST, port=port, others=tuple(others)),
         )
 
 

@@ -19,7 +19,7 @@ import os
 import pwd
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -174,9 +174,18 @@ def write_broker(folder: Folder, keyring: Keyring, *, port: int = 0) -> BrokerCo
     return config
 
 
-def write_roles(folder: Folder, topology: Topology, settings: Settings, *, port: int, helper: bool = False) -> None:
+def write_roles(
+    folder: Folder,
+    topology: Topology,
+    settings: Settings,
+    *,
+    port: int,
+    others: Sequence[str] = (),
+    helper: bool = False,
+) -> None:
     """Write the settings of coordinator, gateways, devices and operator, and of a helper if there is one."""
-    broker = {"host": HOST, "port": port, "reconnect_cap": 2.0}
+    where = {"host": HOST, "port": port, **({"others": list(others)} if others else {})}
+    broker = {**where, "reconnect_cap": 2.0}
     identities = Path("..") / folder.keys.name / "identities"
     coordinator: dict[str, Any] = {
         "identity": str(identities / COORDINATOR),
@@ -197,7 +206,7 @@ def write_roles(folder: Folder, topology: Topology, settings: Settings, *, port:
         _write(folder, gateway.id, _gateway(gateway, identities, broker, settings))
     for device in topology.devices:
         _write(folder, device.id, _device(device, identities, broker, settings))
-    operator = {"identity": str(folder.keys / "identities" / OPERATOR), "broker": {"host": HOST, "port": port}}
+    operator = {"identity": str(folder.keys / "identities" / OPERATOR), "broker": where}
     write_atomic(folder.path / "operator.toml", toml(operator).encode())
 
 

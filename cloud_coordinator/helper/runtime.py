@@ -35,7 +35,7 @@ from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.trust.keeper import TrustKeeper
 from fleetfed.shared.trust.sequence import SequenceFile
 from fleetfed.shared.version import software
-from fleetfed.shared.wire import codec
+from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.chunks import Assembler, split
 from fleetfed.shared.wire.envelope import Digest, Head, MessageKind, digest, open_body, parse_head
 from fleetfed.shared.wire.masking import MaskRequest, MaskSums, SealKey
@@ -112,6 +112,7 @@ class Helper:
             subscriptions=[
                 self.topics.broadcast(Broadcast.REVOKED),
                 self.topics.broadcast(Broadcast.TRUST),
+                self.topics.broadcast(Broadcast.NODE),
                 self.topics.down(Kind.HELPER, self.id, Verb.ASK),
             ],
             on_connect=self._on_connect,
@@ -198,10 +199,13 @@ class Helper:
         return codec.encode(Presence(life=life, session=self._life, since=since, software=software("helper")))
 
     async def _on_connect(self, session_present: bool) -> None:
-        await self._publish(self._up(Verb.STATE), self._presence(Life.READY, since=self.clock()), retain=True)
-        await self._feed(ev.Connected())
+        await self._greet()
         self._systemd.ready("connected")
         await self._save_status()
+
+    async def _greet(self) -> None:
+        await self._publish(self._up(Verb.STATE), self._presence(Life.READY, since=self.clock()), retain=True)
+        await self._feed(ev.Connected())
 
     async def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         try:
@@ -224,6 +228,11 @@ class Helper:
                     await self._in_thread(lambda: self._revoked(payload))
                 case BroadcastTopic(what=Broadcast.TRUST) if payload:
                     await self._in_thread(lambda: self.trust.take(payload, now=self.clock()))
+                case BroadcastTopic(what=Broadcast.NODE) if payload and not retained:
+                    # A coordinator that has just begun to listen: some brokers hand out what they keep only to who asks
+                    # for that very topic.
+                    if codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE).life is Life.READY:
+                        await self._greet()
                 case MemberTopic(member=self.id, verb=Verb.ASK):
                     await self._ask(payload)
         except RemoteProtocolError as error:

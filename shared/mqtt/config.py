@@ -7,13 +7,16 @@ import ipaddress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Final, Self
 
 from fleetfed.shared import config
 from fleetfed.shared.config import Length, Range
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.mqtt.tls import TlsFiles
 from fleetfed.shared.wire import limits
+
+MAX_OTHERS: Final = 15
+"""Nodes of one cluster, less the first."""
 
 
 class Protocol(StrEnum):
@@ -42,6 +45,7 @@ class ConnectionConfig:
     Attributes:
         host: name or address; with TLS, the server's certificate must name it.
         port: TCP port.
+        others: further nodes of the same cluster, each ``HOST`` or ``HOST:PORT``.
         client_id: the certificate's common name; it is also the broker's name for the session.
         tls: key material; only a broker on this machine may go without.
         keepalive: seconds of silence after which either side probes the other. A dead peer is noticed after at
@@ -62,6 +66,7 @@ class ConnectionConfig:
 
     host: Annotated[str, Length(1, 253)]
     port: Annotated[int, Range(1, 65535)] = 8883
+    others: Annotated[tuple[str, ...], Length(0, MAX_OTHERS)] = ()
     client_id: Annotated[str, Length(1, 64)] = ""
     tls: TlsFiles | None = None
     keepalive: Annotated[int, Range(1, 300)] = 15
@@ -78,8 +83,9 @@ class ConnectionConfig:
     def __post_init__(self) -> None:
         if not self.client_id:
             raise ConfigError("client_id is missing: it is the common name of the client's certificate")
-        if self.tls is None and not is_loopback(self.host):
-            raise ConfigError(f"host {self.host} is not this machine, so a [tls] table with ca, cert and key is needed")
+        for host in (self.host, *(split_address(each, self.port)[0] for each in self.others)):
+            if self.tls is None and not is_loopback(host):
+                raise ConfigError(f"host {host} is not this machine, so a [tls] table with ca, cert and key is needed")
         if self.receive_maximum > self.queue_messages:
             raise ConfigError("receive_maximum must not exceed queue_messages, or the broker's window cannot fit")
 
@@ -111,3 +117,23 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def split_address(text: str, port: int) -> tuple[str, int]:
+    """``HOST`` or ``HOST:PORT``; an IPv6 address with a port is written ``[ADDRESS]:PORT``.
+
+    >>> split_address("n2.example", 8883), split_address("[::1]:8884", 8883), split_address("::1", 8883)
+    (('n2.example', 8883), ('::1', 8884), ('::1', 8883))
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    host, number = text, str(port)
+    if text.startswith("["):
+        host, closed, rest = text[1:].partition("]")
+        number = rest[1:] if rest.startswith(":") else "" if rest or not closed else number
+    elif text.count(":") == 1:
+        host, _, number = text.partition(":")
+    if not host or len(host) > 253 or not number.isascii() or not number.isdigit() or not 1 <= int(number) <= 65535:
+        raise ConfigError(f"{text!r} is no address: give HOST or HOST:PORT")
+    return host, int(number)

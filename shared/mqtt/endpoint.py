@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fleetfed.shared.config import Length, Range
 from fleetfed.shared.errors import ConfigError
-from fleetfed.shared.mqtt.config import ConnectionConfig, Protocol, is_loopback
+from fleetfed.shared.mqtt.config import MAX_OTHERS, ConnectionConfig, Protocol, is_loopback, split_address
 from fleetfed.shared.mqtt.tls import TlsFiles
 from fleetfed.shared.trust.identity import TLS_DIRECTORY
 
@@ -20,6 +20,8 @@ class Endpoint:
     Attributes:
         host: name or address; with TLS, the broker's certificate must name it.
         port: TCP port.
+        others: further nodes of the same cluster, each ``HOST`` or ``HOST:PORT``; a member begins at the one that
+            follows from its id, and goes on to the next where that one fails.
         tls: off only for a broker on this machine.
         ca, cert, key: PEM files; by default those in the identity's ``tls`` folder.
         crl: revocation lists for the broker's certificate; none: not checked.
@@ -31,6 +33,7 @@ class Endpoint:
 
     host: Annotated[str, Length(1, 253)]
     port: Annotated[int, Range(1, 65535)] = 8883
+    others: Annotated[tuple[str, ...], Length(0, MAX_OTHERS)] = ()
     tls: bool = True
     ca: Path | None = None
     cert: Path | None = None
@@ -42,8 +45,9 @@ class Endpoint:
     protocol: Protocol = Protocol.AUTO
 
     def __post_init__(self) -> None:
-        if not self.tls and not is_loopback(self.host):
-            raise ConfigError(f"tls = false is allowed only for a broker on this machine, and {self.host} is not")
+        for host in (self.host, *(split_address(each, self.port)[0] for each in self.others)):
+            if not self.tls and not is_loopback(host):
+                raise ConfigError(f"tls = false is allowed only for a broker on this machine, and {host} is not")
 
     def connection(self, *, client_id: str, identity: Path, **changes: Any) -> ConnectionConfig:
         """How to connect as ``client_id``, with the identity in this folder.
@@ -68,5 +72,10 @@ class Endpoint:
             **changes,
         }
         return ConnectionConfig(
-            host=self.host, port=self.port, client_id=client_id, tls=files if self.tls else None, **values
+            host=self.host,
+            port=self.port,
+            others=self.others,
+            client_id=client_id,
+            tls=files if self.tls else None,
+            **values,
         )

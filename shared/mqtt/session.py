@@ -31,6 +31,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from fleetfed.shared.mqtt.addresses import Addresses
 from fleetfed.shared.mqtt.backoff import Backoff
 from fleetfed.shared.mqtt.config import ConnectionConfig, Will
 from fleetfed.shared.mqtt.errors import PublishRefusedError, SessionLostError, SubscribeRefusedError
@@ -128,7 +129,8 @@ class Session:
     ) -> None:
         if config.tls is not None:
             client_context(config.tls)
-        self.config = config
+        self._addresses = Addresses(config)
+        self.config = self._addresses.config
         self.meter = meter if meter is not None else ByteMeter()
         self._subscriptions = list(dict.fromkeys(subscriptions))
         self._unwanted: set[str] = set()
@@ -170,7 +172,7 @@ class Session:
         await self._online.wait()
 
     async def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> None:
-        """Publish; returns when the broker confirmed (QoS 0: when the bytes were handed to the kernel).
+        """Publish; returns when the broker confirmed (QoS 0: when it is on its way to the kernel).
 
         Many calls may wait at once; they leave in the order of the calls. There is no timeout: a broker that delays
         its confirmation holds us back on purpose, and a dead one is noticed by keep-alive. If the caller is
@@ -269,6 +271,7 @@ class Session:
     async def _connect_once(self) -> bool:
         """Make one connection and see it end; returns whether to try again without a pause."""
         self._version5 = self._version.version5()
+        self.config = self._addresses.config
         link = Link(
             self.config,
             version5=self._version5,
@@ -284,11 +287,11 @@ class Session:
             self._failed += 1
             _log.info("%s: cannot connect to %s:%d: %s", *self._name(), error)
             if error.code is not None:
-                return self._version.refused(error.code)
+                return self._version.refused(error.code) or self._addresses.failed()
             if error.reached:
-                return self._version.closed()
+                return self._version.closed() or self._addresses.failed()
             self._version.unreachable()
-            return False
+            return self._addresses.failed()
         self._version.connected()
         began = time.monotonic()
         try:
@@ -312,10 +315,11 @@ class Session:
             self._online.clear()
             self._paused = False
             await link.shut()
-        self._backoff.connected_for(time.monotonic() - began)
+        lasted = time.monotonic() - began
+        self._backoff.connected_for(lasted)
         _log.info("%s: lost %s:%d: %s", *self._name(), reason)
         self._push(_Lost(link, reason))
-        return False
+        return self._addresses.lost(lasted)
 
     def _name(self) -> tuple[str, str, int]:
         return self.config.client_id, self.config.host, self.config.port

@@ -223,10 +223,10 @@ def test_the_same_answer_is_sent_with_back_off_and_after_every_connect(ready: Dr
 
 
 def test_a_gateway_that_announces_itself_gets_it_again(ready: Driver) -> None:
-    assert ready(e.NodeBorn(False)) == []
+    assert ready(e.NodeBorn(False)) == [e.Announce()]
     ready.plan()
     ready.train_and_store()
-    assert ready(e.NodeBorn(False)) == [e.SendAnswer(answer())]
+    assert ready(e.NodeBorn(False)) == [e.Announce(), e.SendAnswer(answer())]
 
 
 def test_the_birth_that_follows_a_connect_sends_nothing_twice(ready: Driver) -> None:

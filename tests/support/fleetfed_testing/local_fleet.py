@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -32,6 +32,25 @@ from fleetfed_testing.waiting import PATIENCE
 SUPPORT = Path(__file__).parents[1]
 
 
+class Engine(Protocol):
+    """Some other broker than the embedded one.
+
+    Attributes:
+        ports: where it takes members; several for a cluster.
+    """
+
+    ports: list[int]
+
+    def lay_out(self, folder: Path, keyring: Keyring) -> None:
+        """Write its files into a folder of its own."""
+
+    async def start(self, fleet: LocalFleet, name: str) -> None:
+        """Start it as processes of the fleet's supervisor; ``name`` is `BROKER`, or one of its nodes."""
+
+    def forget(self) -> None:
+        """Lose what it had on its disk."""
+
+
 class LocalFleet:
     """One fleet in one folder.
 
@@ -42,6 +61,7 @@ class LocalFleet:
         rounds: changes to the coordinator's ``[rounds]``.
         seed: the devices' ``run.seed``; 0 for none.
         helper: whether there is a second holder of mask seeds.
+        engine: the broker; None for the embedded one.
     """
 
     def __init__(
@@ -55,13 +75,16 @@ class LocalFleet:
         rounds: dict[str, Any] | None = None,
         seed: int = 0,
         helper: bool = False,
+        engine: Engine | None = None,
     ) -> None:
         self.tree = topology.plan(devices=devices, gateways=gateways, tiers=tiers)
         self.folder = Folder(path)
         self.folder.prepare()
         self.helper = helper
         self.fleet = Fleet(self.folder, self.tree, broker="embedded", helper=helper)
-        self.port = free_port()
+        self.engine = engine
+        self.port, *others = engine.ports if engine is not None else [free_port()]
+        self.others = [f"{layout.HOST}:{port}" for port in others]
         self.model = write_model(self.folder.path / "model")
         self.card = ModelCard.decode(self.model.with_suffix(".card").read_bytes())
         self.settings = Settings(
@@ -93,8 +116,14 @@ class LocalFleet:
     def lay_out(self) -> Keyring:
         """Write keys and settings."""
         keyring = layout.make_keys(self.folder, self.tree, now=unix_ms(), helper=self.helper)
-        layout.write_broker(self.folder, keyring, port=self.port)
-        layout.write_roles(self.folder, self.tree, self.settings, port=self.port, helper=self.helper)
+        if self.engine is None:
+            layout.write_broker(self.folder, keyring, port=self.port)
+        else:
+            self.folder.role(BROKER).mkdir()
+            self.engine.lay_out(self.folder.role(BROKER), keyring)
+        layout.write_roles(
+            self.folder, self.tree, self.settings, port=self.port, others=self.others, helper=self.helper
+        )
         return keyring
 
     async def start(self, *, without: Iterable[str] = ()) -> None:
@@ -108,6 +137,9 @@ class LocalFleet:
 
     async def start_broker(self, name: str = BROKER) -> None:
         """Start a broker on the port that everybody knows; also after it was killed."""
+        if self.engine is not None:
+            await self.engine.start(self, name)
+            return
         config = self.folder.role(name) / "broker.toml"
         command = (sys.executable, "-P", "-m", "fleetfed.broker", "run", "--config", str(config))
         running = await self.fleet.supervisor.start(name, command, pipe=True)
@@ -115,11 +147,14 @@ class LocalFleet:
 
     def forget_broker_state(self) -> None:
         """What a broker without persistence does when it is killed."""
+        if self.engine is not None:
+            self.engine.forget()
+            return
         shutil.rmtree(self.folder.role(BROKER) / "state")
 
     async def connect(self) -> None:
         """Connect an operator and follow the coordinator's status."""
-        config = self.fleet.operator(layout.OPERATOR, self.port)
+        config = self.fleet.operator(layout.OPERATOR, self.port, self.others)
         self._client = ControlClient(config, timeout=PATIENCE)
         await self._client.__aenter__()
         self._watching = asyncio.create_task(self._watch(self._client))
