@@ -20,7 +20,7 @@ PROJECT = "fleetfed-test"
 DEVICES = tuple(f"{site}-device-{number}" for site in ("north", "south") for number in (1, 2, 3))
 
 
-def run(*command: str, check: bool = True, timeout: float = 120, **environment: str) -> str:
+def run(*command: str, check: bool = True, timeout: float = 120, environment: dict[str, str] | None = None) -> str:
     """A command's output; both streams if it may fail, and a failure that may not be shows them."""
     done = subprocess.run(
         command,
@@ -29,7 +29,7 @@ def run(*command: str, check: bool = True, timeout: float = 120, **environment: 
         text=True,
         timeout=timeout,
         check=False,
-        env={**os.environ, **environment},
+        env={**os.environ, **(environment or {})},
     )
     if check and done.returncode:
         pytest.fail(f"{' '.join(command)} exits {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
@@ -70,7 +70,15 @@ class Composed:
         files = ("-f", "docker-compose.yml", "-f", str(CONTAINERS / "override.yml"))
         settings = {"BASE_IMAGE": "fleetfed-test/base", "PROMETHEUS_PORT": "19090"}
         return run(
-            *compose_command(), "-p", PROJECT, *files, "--profile", "demo", *arguments, timeout=timeout, **settings
+            *compose_command(),
+            "-p",
+            PROJECT,
+            *files,
+            "--profile",
+            "demo",
+            *arguments,
+            timeout=timeout,
+            environment=settings,
         )
 
     def container(self, service: str) -> str:
