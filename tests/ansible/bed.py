@@ -1,6 +1,7 @@
 """Four hosts in containers, and an inventory of them: `Bed`.
 
-As a program, to look around by hand: ``python tests/ansible/bed.py up DIR``, then ``… play DIR site``, ``… down DIR``.
+As a program, to look around by hand: ``python tests/ansible/bed.py up DIR``, then ``… play DIR site``, ``… down DIR``;
+``… renew DIR`` takes the roles of this tree over.
 """
 
 from __future__ import annotations
@@ -131,8 +132,12 @@ class Bed:
                        stdin=key.with_suffix(".pub").read_text())  # fmt: skip
         (self.folder / "home").mkdir(exist_ok=True)
         self.source("0.1.0")
-        collection(self.bin, self.folder)
         self._data()
+        self.renew()
+
+    def renew(self) -> None:
+        """Install the collection, and write the inventory."""
+        collection(self.bin, self.folder)
         self._inventory()
 
     def down(self) -> None:
@@ -294,7 +299,7 @@ class Bed:
             "coordinator_settings": {
                 "validation": {"scale": 0.0625},
                 "rounds": {
-                    "start_when": 2, "quorum_fraction": 0.5, "quorum_minimum": 1, "deadline": 60.0, "expires": 120.0,
+                    "start_when": 2, "quorum_fraction": 1.0, "quorum_minimum": 1, "deadline": 60.0, "expires": 120.0,
                     "training": {"learning_rate": 0.05},
                 },
             },
@@ -321,7 +326,7 @@ def main() -> int:
         play = bed.play(sys.argv[3], *sys.argv[4:])
         print(play.output)
         return play.returncode
-    bed.up() if sys.argv[1] == "up" else bed.down()
+    {"up": bed.up, "renew": bed.renew, "down": bed.down}[sys.argv[1]]()
     return 0
 
 
