@@ -30,6 +30,7 @@ from pathlib import Path
 
 from fleetfed.shared import config
 from fleetfed.shared.errors import ConfigError
+from fleetfed.shared.monitoring.config import MonitoringConfig
 from fleetfed.shared.mqtt.config import is_loopback
 from fleetfed.shared.mqtt.tls import TlsFiles
 from fleetfed.shared.wire.limits import KIB, MAX_PACKET, MIB
@@ -141,6 +142,7 @@ class BrokerConfig:
         sys_interval: seconds between two publications of ``$SYS``; 0 turns it off.
         limits: every bound.
         bridge: the way to the broker above, which the embedded broker does not have.
+        monitoring: where Prometheus finds the embedded broker.
     """
 
     host: str = "127.0.0.1"
@@ -152,6 +154,7 @@ class BrokerConfig:
     sys_interval: float = 10.0
     limits: Limits = field(default_factory=Limits)
     bridge: Bridge | None = None
+    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
 
     def __post_init__(self) -> None:
         for port in (self.port, self.plain_port or 0):

@@ -18,10 +18,13 @@ from pathlib import Path
 
 from fleetfed.broker.config import BrokerConfig, load_config
 from fleetfed.broker.embedded import EmbeddedBroker, tune_process
+from fleetfed.broker.monitoring import BrokerView
 from fleetfed.broker.mosquitto import find_mosquitto, probe
 from fleetfed.broker.render import load_inventory, render
 from fleetfed.shared.errors import ConfigError, FleetFedError
+from fleetfed.shared.monitoring.server import MonitoringServer
 from fleetfed.shared.systemd import Notifier, beat
+from fleetfed.shared.telemetry import FORMATS, configure_logging
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,6 +53,11 @@ async def _serve(config: BrokerConfig) -> int:
     loop.add_signal_handler(signal.SIGHUP, hangup.set)
     broker = EmbeddedBroker(config)
     await broker.start()
+    try:
+        monitoring = MonitoringServer(config.monitoring, BrokerView(broker, config))
+    except BaseException:
+        await broker.stop()
+        raise
     tune_process()
     print(f"listening on {config.host}:{broker.port}", flush=True)
     if broker.plain_port is not None:
@@ -66,6 +74,7 @@ async def _serve(config: BrokerConfig) -> int:
         notifier.stopping()
         for task in (reloader, failure, stop, life):
             task.cancel()
+        monitoring.close()
         await broker.stop()
     if broker.failure is not None:
         raise broker.failure
@@ -91,12 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run the embedded broker")
     run.add_argument("--config", type=Path, required=True, help="broker.toml")
+    run.add_argument("--log-format", choices=FORMATS, default=FORMATS[0], help="of stderr")
     make = commands.add_parser("render", help="write the ACL and mosquitto.conf")
     make.add_argument("--inventory", type=Path, required=True, help="inventory.toml")
     make.add_argument("--config", type=Path, required=True, help="broker.toml")
     make.add_argument("--directory", type=Path, required=True, help="where the files go")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    configure_logging("broker", log_format=getattr(options, "log_format", FORMATS[0]))
     try:
         config = load_config(options.config)
         if options.command == "run":

@@ -1,4 +1,4 @@
-"""`fleetfed broker`: run the embedded broker, or write what Mosquitto needs in its place."""
+"""`fleetfed broker`: run the embedded broker, or write what another one needs in its place."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from fleetfed.broker.config import BrokerConfig, load_config
+from fleetfed.broker.engines import Engine, render_rights
 from fleetfed.broker.mosquitto import find_mosquitto, probe
 from fleetfed.broker.render import Inventory, load_inventory, render
 from fleetfed.cloud_coordinator.cli import output
@@ -14,26 +15,27 @@ from fleetfed.cloud_coordinator.keys.inventory import inventory_of
 from fleetfed.cloud_coordinator.keys.keyring import Keyring
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.mqtt.tls import TlsFiles
-from fleetfed.shared.telemetry import configure_logging
+from fleetfed.shared.telemetry import FORMATS, configure_logging
 
 
 @click.group(epilog=output.example("fleetfed broker run --config broker.toml"))
 def broker() -> None:
-    """Run the embedded broker, or configure Mosquitto."""
+    """Run the embedded broker, or configure another one."""
 
 
 @broker.command(epilog=output.example("fleetfed broker run --config broker.toml"))
 @click.option(
     "--config", "-c", type=click.Path(path_type=Path, dir_okay=False), default=Path("broker.toml"), show_default=True
 )
-def run(config: Path) -> int:
+@click.option("--log-format", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True)
+def run(config: Path, log_format: str) -> int:
     """Run the embedded broker until SIGTERM or Ctrl-C; SIGHUP reads its files again.
 
     It is meant for the demo, for tests and for a small site; use Mosquitto for more.
     """
     from fleetfed.broker.service import run_broker
 
-    configure_logging("broker")
+    configure_logging("broker", log_format=log_format)
     return run_broker(load_config(config))
 
 
@@ -43,10 +45,19 @@ def run(config: Path) -> int:
         "fleetfed broker render --keys keys --identity keys/identities/broker --out /etc/mosquitto/fleetfed",
         "fleetfed broker render --keys keys --site north --config north.toml --out north",
         "fleetfed broker render --inventory inventory.toml --config broker.toml --out out",
+        "fleetfed broker render --for nats --keys keys --out /etc/nats",
     ),
 )
 @click.option("--keys", type=click.Path(path_type=Path, file_okay=False), help="Take the members from a key folder.")
 @click.option("--inventory", type=click.Path(path_type=Path, dir_okay=False), help="… or from an inventory.toml.")
+@click.option(
+    "--for",
+    "engine",
+    type=click.Choice([str(each) for each in Engine]),
+    default=str(Engine.MOSQUITTO),
+    show_default=True,
+    help="Whose files; for RabbitMQ and NATS these are the users and their rights alone.",
+)
 @click.option("--site", "sites", multiple=True, help="Only these sites are on this broker (with --keys).")
 @click.option("--open", "open_devices", is_flag=True, help="List no devices: any certified one may connect.")
 @click.option(
@@ -61,6 +72,7 @@ def run(config: Path) -> int:
 def render_(
     keys: Path | None,
     inventory: Path | None,
+    engine: str,
     sites: tuple[str, ...],
     open_devices: bool,
     config: Path | None,
@@ -71,17 +83,30 @@ def render_(
     at: Path | None,
     as_json: bool,
 ) -> None:
-    """Write the access list and mosquitto.conf for a broker, from the keys that were issued."""
+    """Write the access list and mosquitto.conf for a broker, from the keys that were issued.
+
+    For RabbitMQ it is definitions.json and for NATS users.conf; the rest of their settings are shipped as they are, in
+    deploy/brokers.
+    """
     if (keys is None) == (inventory is None):
         raise click.UsageError("give either --keys or --inventory")
-    if (config is None) == (identity is None):
+    if Engine(engine) is Engine.MOSQUITTO and (config is None) == (identity is None):
         raise click.UsageError("give either --config or --identity")
+    if Engine(engine) is not Engine.MOSQUITTO and (config or identity or at):
+        raise click.UsageError(f"--config, --identity and --at are Mosquitto's: see deploy/brokers/{engine}")
     members: Inventory
     if keys is not None:
         members = inventory_of(Keyring.load(keys), sites=sites or None, list_devices=not open_devices)
     else:
         assert inventory is not None
         members = load_inventory(inventory)
+    if Engine(engine) is not Engine.MOSQUITTO:
+        files = [render_rights(Engine(engine), members, out)]
+        if as_json:
+            output.print_json({"files": files, "members": len(members.members)})
+        else:
+            print(files[0])
+        return
     if config is not None:
         settings = load_config(config)
     else:

@@ -21,6 +21,7 @@ from fleetfed.cloud_coordinator.enroll.lists import verified_list
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError, RemoteProtocolError
 from fleetfed.shared.files import write_atomic
+from fleetfed.shared.telemetry import FORMATS
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
 from fleetfed.shared.version import VERSION
@@ -35,6 +36,9 @@ host = "0.0.0.0"
 port = 8443
 days = 30          # validity of a certificate; devices renew at half of it
 grace_days = 60    # for so long after its end it may still be renewed
+
+# [monitoring]
+# listen = "127.0.0.1:9467"    # /metrics, /healthz and /readyz for Prometheus
 
 # What a broker reads after a revocation; its broker.toml or mosquitto.conf names broker/current/acl and so on.
 # [broker]
@@ -127,14 +131,16 @@ def _import(keys: Path, directory: Path) -> list[Path]:
 
 
 @cli.command(epilog=output.example("fleetfed-enroll run --dir enroll"))
+@click.option("--log-format", type=click.Choice(FORMATS), help="Instead of the file's.")
 @dir_option
-def run(directory: Path) -> None:
+def run(directory: Path, log_format: str | None) -> None:
     """Serve devices over HTTPS until SIGTERM or Ctrl-C."""
     from fleetfed.cloud_coordinator.enroll.service import serve
     from fleetfed.shared.telemetry import configure_logging
 
-    configure_logging("enroll")
-    asyncio.run(serve(settings_of(directory)))
+    settings = settings_of(directory)
+    configure_logging("enroll", log_format=log_format or settings.log_format)
+    asyncio.run(serve(settings))
 
 
 @cli.command(epilog=output.example("fleetfed-enroll sign d-07.request --out d-07.answer"))

@@ -8,6 +8,8 @@ from typing import Annotated, Final
 
 from fleetfed.shared import config
 from fleetfed.shared.config import Length, Range
+from fleetfed.shared.monitoring.config import MonitoringConfig
+from fleetfed.shared.telemetry import LogFormat
 
 SETTINGS: Final = "enroll.toml"
 
@@ -56,6 +58,8 @@ class EnrollConfig:
         grace_days: for how long after its end it may still be renewed.
         broker: a broker's files; none: this service writes none.
         limits: every bound.
+        monitoring: where Prometheus finds it.
+        log_format: of stderr: ``text``, or ``json`` with one object per line.
     """
 
     identity: Path
@@ -67,6 +71,8 @@ class EnrollConfig:
     grace_days: Annotated[int, Range(0, 366)] = 60
     broker: BrokerFiles | None = None
     limits: Limits = field(default_factory=Limits)
+    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
+    log_format: LogFormat = LogFormat.TEXT
 
 
 def load(path: Path) -> EnrollConfig:

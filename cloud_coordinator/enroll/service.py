@@ -27,10 +27,13 @@ from fleetfed.cloud_coordinator.enroll.brokerfiles import write_broker_files
 from fleetfed.cloud_coordinator.enroll.config import EnrollConfig
 from fleetfed.cloud_coordinator.enroll.enroller import Enroller
 from fleetfed.cloud_coordinator.enroll.http import HttpServer, Request, Response
+from fleetfed.cloud_coordinator.enroll.monitoring import EnrolView
 from fleetfed.cloud_coordinator.enroll.ratelimit import RateLimit
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError, FleetFedError, RejectReason, RemoteProtocolError, StorageError
+from fleetfed.shared.monitoring.server import MonitoringServer
 from fleetfed.shared.systemd import Notifier, beat
+from fleetfed.shared.telemetry import name_logs
 from fleetfed.shared.trust.identity import TLS_DIRECTORY
 from fleetfed.shared.wire.enrolment import MAX_REQUEST, Purpose
 
@@ -70,7 +73,7 @@ class EnrolService:
         clock: Callable[[], int] = unix_ms,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._enroller = enroller
+        self.enroller = enroller
         self._settings = settings
         self._clock = clock
         self._monotonic = monotonic
@@ -85,7 +88,7 @@ class EnrolService:
         if request.path == "/v1/health":
             return Response.json({"ok": True})
         if not self._limit.allows(request.address, self._monotonic()):
-            self._enroller.refused[RejectReason.OVERLOADED] += 1
+            self.enroller.refused[RejectReason.OVERLOADED] += 1
             return _refusal(RemoteProtocolError(RejectReason.OVERLOADED, "too many requests; wait a minute"))
         if request.method == "POST" and request.path in _PURPOSES:
             return await self._certify(request, _PURPOSES[request.path])
@@ -96,7 +99,7 @@ class EnrolService:
     async def _certify(self, request: Request, purpose: Purpose) -> Response:
         try:
             # The disk may be slow, and others ask too.
-            answer = await asyncio.to_thread(self._enroller.answer, request.body, now=self._clock(), purpose=purpose)
+            answer = await asyncio.to_thread(self.enroller.answer, request.body, now=self._clock(), purpose=purpose)
         except RemoteProtocolError as error:
             _log.warning("%s: %s: refused: %s", request.address, purpose, error)
             return _refusal(error)
@@ -109,13 +112,13 @@ class EnrolService:
 
     def _read(self, path: str) -> Response:
         if path == "/v1/head":
-            return Response.json({"head": self._enroller.head(now=self._clock()).hex()})
+            return Response.json({"head": self.enroller.head(now=self._clock()).hex()})
         if path == "/v1/revocations":
-            signed = self._enroller.revocations()
+            signed = self.enroller.revocations()
             return _unknown(path) if signed is None else Response(HTTPStatus.OK, signed, _BINARY)
         prefix, _, number = path.rpartition("/")
         if prefix == "/v1/log" and number.isdecimal() and len(number) < 12:
-            entries = self._enroller.log(int(number), _PAGE)
+            entries = self.enroller.log(int(number), _PAGE)
             return Response.json({"start": int(number), "entries": [each.hex() for each in entries]})
         return _unknown(path)
 
@@ -136,8 +139,13 @@ class EnrolService:
             ) from error
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Serve until ``stop``."""
+        """Serve until ``stop``.
+
+        Raises:
+            ConfigError: ``[monitoring] listen`` cannot be listened on.
+        """
         daily = asyncio.create_task(self._daily(), name="enroll-daily")
+        monitoring = MonitoringServer(self._settings.monitoring, EnrolView(self))
         notifier = Notifier()
         life = asyncio.create_task(beat(notifier), name="enroll-systemd")
         notifier.ready(f"listening on {self._settings.host}:{self.http.port}")
@@ -147,6 +155,7 @@ class EnrolService:
             notifier.stopping()
             daily.cancel()
             life.cancel()
+            monitoring.close()
             await self.http.stop()
 
     async def _daily(self) -> None:
@@ -162,13 +171,13 @@ class EnrolService:
             self._files_due.clear()
             try:
                 await asyncio.to_thread(self._write_files)
-                await asyncio.to_thread(self._enroller.tidy, now=self._clock())
+                await asyncio.to_thread(self.enroller.tidy, now=self._clock())
             except FleetFedError as error:
                 _log.error("the broker's files stay as they are: %s", error)
 
     def _write_files(self) -> None:
         if self._settings.broker is not None:
-            write_broker_files(self._enroller, self._settings.broker, self._settings.authority, now=self._clock())
+            write_broker_files(self.enroller, self._settings.broker, self._settings.authority, now=self._clock())
 
 
 def server_context(settings: EnrollConfig) -> ssl.SSLContext:
@@ -200,6 +209,8 @@ async def serve(settings: EnrollConfig) -> None:
         loop.add_signal_handler(number, stop.set)
     enroller = Enroller.open(settings)
     try:
+        certificate = enroller.identity.certificate
+        name_logs(certificate.id, certificate.site)
         service = EnrolService(enroller, settings)
         await service.start()
         print(f"listening on {settings.host}:{service.http.port}", flush=True)

@@ -13,9 +13,11 @@ from typing import Any, Final
 
 from fleetfed.cloud_coordinator.helper.config import HelperConfig, load
 from fleetfed.cloud_coordinator.helper.status import read_status
+from fleetfed.shared import health
+from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError, StorageError
 from fleetfed.shared.files import locked
-from fleetfed.shared.telemetry import LEVELS, configure_logging
+from fleetfed.shared.telemetry import FORMATS, LEVELS, configure_logging, name_logs
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.identity import Identity
 
@@ -28,6 +30,7 @@ example:
   fleetfed keys issue h-two --role helper
   fleetfed-helper run --config helper.toml
   fleetfed-helper status --config helper.toml --json
+  fleetfed-helper status --config helper.toml --healthy
 
   with helper.toml:
     identity = "identities/h-two"
@@ -46,8 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load(arguments.config)
         if arguments.command == "status":
+            if arguments.healthy:
+                return health.report(lambda: read_status(config.state), now=unix_ms())
             return _status(config, as_json=arguments.json)
-        configure_logging("helper", arguments.log_level or config.log_level)
+        log_format = arguments.log_format or config.log_format
+        configure_logging("helper", arguments.log_level or config.log_level, log_format=log_format)
         # Two processes with one folder would answer twice in each other's name.
         with locked(config.state):
             return asyncio.run(_run(config))
@@ -71,9 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="serve until SIGTERM or SIGINT")
     run.add_argument("--config", type=Path, required=True, metavar="FILE", help="helper.toml")
     run.add_argument("--log-level", choices=LEVELS, help="instead of the file's log_level")
+    run.add_argument("--log-format", choices=FORMATS, help="instead of the file's log_format")
     status = commands.add_parser("status", help="what the helper last wrote about itself")
     status.add_argument("--config", type=Path, required=True, metavar="FILE", help="helper.toml")
     status.add_argument("--json", action="store_true", help="as JSON, for programs")
+    status.add_argument("--healthy", action="store_true", help="exit 0 if it runs and is connected, else 1 and why")
     return parser
 
 
@@ -96,7 +104,9 @@ async def _run(config: HelperConfig) -> int:
     # Here, so that `--help` needs no MQTT client.
     from fleetfed.cloud_coordinator.helper.runtime import Helper
 
-    helper = Helper(config, Identity.load(config.identity, role=Role.HELPER))
+    identity = Identity.load(config.identity, role=Role.HELPER)
+    name_logs(identity.certificate.id, identity.certificate.site)
+    helper = Helper(config, identity)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, helper.stop)

@@ -11,16 +11,17 @@ Example::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from fleetfed.shared import config
 from fleetfed.shared.config import Range
 from fleetfed.shared.errors import ConfigError, RemoteProtocolError
+from fleetfed.shared.monitoring.config import MonitoringConfig
 from fleetfed.shared.mqtt.endpoint import Endpoint
 from fleetfed.shared.secure.box import check_suite
-from fleetfed.shared.telemetry import LEVELS
+from fleetfed.shared.telemetry import LEVELS, LogFormat
 from fleetfed.shared.wire.masking import SEALED_BOX
 
 
@@ -37,7 +38,9 @@ class HelperConfig:
             so a round may take up to so many hours; then its secret is destroyed.
         suite: how seeds are sealed to this helper: that of the coordinator's ``rounds.suite``.
         request_mib: largest request; about a third of a KiB per device of a cohort.
+        monitoring: where Prometheus finds it.
         log_level: of stderr.
+        log_format: of stderr: ``text``, or ``json`` with one object per line.
     """
 
     identity: Path
@@ -46,7 +49,9 @@ class HelperConfig:
     rotate_hours: Annotated[float, Range(0.01, 24 * 365)] = 24.0
     suite: Annotated[int, Range(1, 255)] = SEALED_BOX
     request_mib: Annotated[int, Range(1, 1024)] = 128
+    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
     log_level: str = "info"
+    log_format: LogFormat = LogFormat.TEXT
 
     def __post_init__(self) -> None:
         try:

@@ -17,16 +17,20 @@ from typing import Any, Final, TypeVar
 from fleetfed.cloud_coordinator.helper import events as ev
 from fleetfed.cloud_coordinator.helper.checks import BadSeedsError, Job, verify
 from fleetfed.cloud_coordinator.helper.config import HelperConfig
+from fleetfed.cloud_coordinator.helper.monitoring import HelperView
 from fleetfed.cloud_coordinator.helper.state import HelperMachine
 from fleetfed.cloud_coordinator.helper.status import Status, write_status
 from fleetfed.cloud_coordinator.helper.store import Store
+from fleetfed.shared import health
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import ConfigError, RejectReason, RemoteProtocolError
 from fleetfed.shared.files import write_atomic
 from fleetfed.shared.machine import TimerFired
+from fleetfed.shared.monitoring.server import MonitoringServer
 from fleetfed.shared.mqtt.config import Will
 from fleetfed.shared.mqtt.errors import PublishRefusedError, SessionLostError
-from fleetfed.shared.mqtt.session import Session
+from fleetfed.shared.mqtt.meter import ByteCount
+from fleetfed.shared.mqtt.session import Session, SessionStatistics
 from fleetfed.shared.secure.box import SealSecret
 from fleetfed.shared.systemd import Notifier, beat
 from fleetfed.shared.telemetry import Counters
@@ -81,6 +85,7 @@ class Helper:
         if certificate.role is not Role.HELPER or certificate.site != CLOUD_SITE:
             raise ConfigError(f"{certificate.id} is no helper's identity; issue one with --role helper")
         self.config = config
+        self.certificate = certificate
         self.id = certificate.id
         self.topics = SiteTopics(certificate.fleet, CLOUD_SITE)
         self.counters = Counters()
@@ -117,6 +122,7 @@ class Helper:
             ],
             on_connect=self._on_connect,
             on_message=self._on_message,
+            on_disconnect=self._on_disconnect,
             will=lost,
         )
 
@@ -133,15 +139,19 @@ class Helper:
         """Serve until `stop`.
 
         Raises:
+            ConfigError: ``[monitoring] listen`` cannot be listened on.
             StorageError: the disk is full or broken.
         """
+        monitoring: MonitoringServer | None = None
         try:
+            monitoring = MonitoringServer(self.config.monitoring, HelperView(self))
             await self._feed(ev.Started())
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(self._session.run(), name="helper-session"),
                     group.create_task(self._tick(), name="helper-timer"),
                     group.create_task(beat(self._systemd), name="helper-systemd"),
+                    group.create_task(self._keep_status(), name="helper-status"),
                 ]
                 await self._stop.wait()
                 self._systemd.stopping()
@@ -149,6 +159,8 @@ class Helper:
                 for task in tasks:
                     task.cancel()
         finally:
+            if monitoring is not None:
+                monitoring.close()
             await asyncio.get_running_loop().run_in_executor(None, self._close)
 
     def _close(self) -> None:
@@ -164,6 +176,7 @@ class Helper:
             software=software("helper"),
             updated=self.clock(),
             connected=self._session.connected,
+            obstacle=self.obstacle(),
             keys=len(self.machine.keys),
             key_expires=current.expires if current else 0,
             answered=len(answered),
@@ -171,6 +184,24 @@ class Helper:
             rejected=self.counters.snapshot(),
             trust=self.trust.status(self.clock()),
         )
+
+    def connection(self) -> tuple[SessionStatistics, ByteCount]:
+        """The connection to the broker, and its bytes."""
+        return self._session.statistics(), self._session.meter.snapshot()
+
+    def obstacle(self) -> str:
+        """Why this helper cannot serve now; empty when it can."""
+        if not self._session.connected:
+            return "not connected to the broker"
+        if self.trust.status(self.clock()).get("stale"):
+            return "the trust metadata has expired: no round counts"
+        return ""
+
+    async def _keep_status(self) -> None:
+        """Write the status now and then, so that whoever reads it sees that the loop turns."""
+        while True:
+            await self._save_status()
+            await asyncio.sleep(health.EVERY)
 
     async def _save_status(self) -> None:
         status = self.status()
@@ -206,6 +237,10 @@ class Helper:
     async def _greet(self) -> None:
         await self._publish(self._up(Verb.STATE), self._presence(Life.READY, since=self.clock()), retain=True)
         await self._feed(ev.Connected())
+
+    async def _on_disconnect(self, reason: str) -> None:
+        self._systemd.status("not connected")
+        await self._save_status()
 
     async def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         try:

@@ -24,6 +24,7 @@ class Status:
         id, software: who it is.
         updated: unix milliseconds.
         connected: whether it reaches the broker.
+        obstacle: why it cannot serve now; empty when it can.
         keys: whose secrets it holds.
         key_expires: until when rounds may last that name the newest key; unix milliseconds.
         answered: sets of masks given with these keys.
@@ -36,6 +37,7 @@ class Status:
     software: str
     updated: int
     connected: bool
+    obstacle: str
     keys: int
     key_expires: int
     answered: int

@@ -25,10 +25,15 @@ _MOST_FILES: Final = 100_000
 
 def who(samples: Samples, certificate: Certificate, *, ready: str) -> None:
     """Who it is, whether it is ready (``ready`` says why not), and until when its certificate is valid."""
-    samples.set("fleetfed_build_info", 1, samples.role, certificate.id, certificate.fleet, certificate.site, VERSION)
+    program(samples, certificate.id, certificate.fleet, certificate.site, ready=ready)
+    samples.set("fleetfed_certificate_expiry_timestamp_seconds", certificate.not_after / 1000, "identity")
+
+
+def program(samples: Samples, id: str = "", fleet: str = "", site: str = "", *, ready: str) -> None:
+    """The same of somebody without a certificate of the fleet."""
+    samples.set("fleetfed_build_info", 1, samples.role, id, fleet, site, VERSION)
     samples.set("fleetfed_ready", not ready)
     samples.set("fleetfed_memory_peak_bytes", peak_mb() * 1e6)
-    samples.set("fleetfed_certificate_expiry_timestamp_seconds", certificate.not_after / 1000, "identity")
 
 
 def session(samples: Samples, side: str, statistics: SessionStatistics, wire: ByteCount) -> Counter[Failure]:

@@ -94,7 +94,7 @@ class MonitoringServer:
         threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.2}, name="monitoring", daemon=True
         ).start()
-        _log.info("metrics on http://%s/metrics", config.listen)
+        _log.info("metrics on http://%s:%d/metrics", config.listen.rpartition(":")[0], self.port)
 
     def close(self) -> None:
         """Stop listening; may be called again."""
