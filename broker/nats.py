@@ -4,7 +4,8 @@ NATS maps ``/`` to ``.``, ``+`` to ``*`` and ``#`` to ``>``, and takes the subje
 name (``verify_and_map``). It keeps messages of quality 1 in a stream of its own and hands them out under names below
 ``$MQTT.sub``, to which every client may listen: the names are random, and one that is not told cannot guess another's.
 
-A user must be in the file before it connects, so every member has to be listed: there is no "any certified device".
+A user must be in the file before it connects, so every member has to be listed: there is no "any certified device", and
+the patterns for it are left out.
 """
 
 from __future__ import annotations
@@ -26,11 +27,9 @@ def render_users(inventory: Inventory) -> str:
     """The text of ``users.conf``, for ``authorization { include users.conf }``.
 
     Raises:
-        ConfigError: devices are not listed, or somebody is listed to be shut out.
+        ConfigError: somebody is listed to be shut out.
     """
     acl, subjects = parse_acl(render_acl(inventory)), _subjects_of_certificates(inventory)
-    if acl.patterns:
-        raise ConfigError("NATS knows its users before they connect: list every device (no --open)")
     lines = ["# Who may read and write what; rendered, do not edit.", "users = ["]
     for name, rules in sorted((str(name), rules) for name, rules in acl.users.items() if name is not None):
         if any(rule.access is Access.DENY for rule in rules):

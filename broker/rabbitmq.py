@@ -5,7 +5,8 @@ session in a queue that is named for the client id. Rights are regular expressio
 exchanges and queues, and on topics. The first binds the client id to the certificate's name, since nobody may touch
 the queue of another's session; the second is the access list. What is not allowed ends the connection.
 
-A user must exist before it connects, so every member has to be listed: there is no "any certified device".
+A user must exist before it connects, so every member has to be listed: there is no "any certified device", and the
+patterns for it are left out.
 """
 
 from __future__ import annotations
@@ -26,11 +27,9 @@ def render_definitions(inventory: Inventory, *, vhost: str = "/") -> str:
     """The text of ``definitions.json``, for the setting ``load_definitions``.
 
     Raises:
-        ConfigError: devices are not listed, or somebody is listed to be shut out.
+        ConfigError: somebody is listed to be shut out.
     """
     acl = parse_acl(render_acl(inventory))
-    if acl.patterns:
-        raise ConfigError("RabbitMQ knows its users before they connect: list every device (no --open)")
     users, permissions, topics = [], [], []
     for name, rules in sorted(_named(acl).items()):
         queue = rf"mqtt-subscription-{re.escape(name)}qos[01]"

@@ -94,6 +94,8 @@ def render_(
         raise click.UsageError("give either --config or --identity")
     if Engine(engine) is not Engine.MOSQUITTO and (config or identity or at):
         raise click.UsageError(f"--config, --identity and --at are Mosquitto's: see deploy/brokers/{engine}")
+    if Engine(engine) is not Engine.MOSQUITTO and open_devices:
+        raise click.UsageError(f"--open: {engine} has to know a device before it connects")
     members: Inventory
     if keys is not None:
         members = inventory_of(Keyring.load(keys), sites=sites or None, list_devices=not open_devices)

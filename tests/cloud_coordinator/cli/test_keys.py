@@ -144,6 +144,12 @@ def test_render_writes_what_a_broker_reads(keys: Path, tmp_path: Path, capsys: p
         capsys, "broker", "render", "--keys", keys, "--identity", keys / "identities" / "operator", "--out", out
     )
     assert (code, answer["error"]) == (2, "config")
+    for engine, file in (("rabbitmq", "definitions.json"), ("nats", "users.conf")):
+        code, answer = call(capsys, "broker", "render", "--for", engine, "--keys", keys, "--out", out)
+        assert (code, answer["files"]) == (0, [str(out / file)])
+        assert "g-north" in (out / file).read_text()
+    code, answer = call(capsys, "broker", "render", "--for", "nats", "--keys", keys, "--identity", keys, "--out", out)
+    assert (code, answer["error"]) == (2, "usage")
 
 
 def test_a_fresh_coordinator_file_is_valid(keys: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,9 +61,9 @@ START = 1_800_000_000_000
 T = TypeVar("T")
 
 
-def small_model(seed: int = 1, *, name: str = "small") -> tuple[bytes, ModelCard]:
+def small_model(seed: int = 1, *, name: str = "small", width: int = 12) -> tuple[bytes, ModelCard]:
     """A file that is no model but has a weight table: enough for everything but evaluation."""
-    shapes = (("dense/kernel", (12, 5)), ("dense/bias", (5,)))
+    shapes = (("dense/kernel", (width, 5)), ("dense/bias", (5,)))
     slots, offset = [], 16
     for slot_name, shape in shapes:
         slots.append(TensorSlot(name=slot_name, shape=shape, dtype="float32", offset=offset))
@@ -77,7 +77,7 @@ def small_model(seed: int = 1, *, name: str = "small") -> tuple[bytes, ModelCard
         name=name,
         builder="test",
         file_bytes=len(file),
-        input_shape=(12,),
+        input_shape=(width,),
         classes=5,
         softmax=True,
         batch=4,
@@ -88,9 +88,9 @@ def small_model(seed: int = 1, *, name: str = "small") -> tuple[bytes, ModelCard
     return bytes(file), card
 
 
-def write_model(directory: Path, seed: int = 1, *, name: str = "small") -> Path:
+def write_model(directory: Path, seed: int = 1, *, name: str = "small", width: int = 12) -> Path:
     """The same as files; returns the model's."""
-    file, card = small_model(seed, name=name)
+    file, card = small_model(seed, name=name, width=width)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.tflite"
     path.write_bytes(file)

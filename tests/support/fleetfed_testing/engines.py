@@ -16,8 +16,7 @@ from typing import Final
 
 import pytest
 
-from fleetfed.broker.nats import render_users
-from fleetfed.broker.rabbitmq import render_definitions
+from fleetfed.broker.engines import Engine, render_rights
 from fleetfed.cloud_coordinator.demo.layout import BROKER
 from fleetfed.cloud_coordinator.keys.inventory import inventory_of
 from fleetfed.cloud_coordinator.keys.keyring import Keyring
@@ -84,7 +83,7 @@ class RabbitMq:
         """Write the node's files."""
         self._folder = folder
         tls_into(folder / "fleetfed", keyring)
-        (folder / "definitions.json").write_text(render_definitions(inventory_of(keyring)))
+        render_rights(Engine.RABBITMQ, inventory_of(keyring), folder)
         shutil.copy(SHIPPED / "rabbitmq" / "enabled_plugins", folder)
         text = (SHIPPED / "rabbitmq" / "rabbitmq.conf").read_text()
         assert "/etc/rabbitmq" in text
@@ -135,7 +134,7 @@ class Nats:
         """Write the nodes' files."""
         self._folder = folder
         tls_into(folder / "tls", keyring)
-        (folder / "users.conf").write_text(render_users(inventory_of(keyring)))
+        render_rights(Engine.NATS, inventory_of(keyring), folder)
         text = (SHIPPED / "nats" / "nats.conf").read_text()
         assert "/etc/nats" in text
         (folder / "nats.conf").write_text(text.replace("/etc/nats", str(folder)))

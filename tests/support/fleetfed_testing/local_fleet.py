@@ -62,6 +62,7 @@ class LocalFleet:
         seed: the devices' ``run.seed``; 0 for none.
         helper: whether there is a second holder of mask seeds.
         engine: the broker; None for the embedded one.
+        width: of the model, which has five times as many weights.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class LocalFleet:
         seed: int = 0,
         helper: bool = False,
         engine: Engine | None = None,
+        width: int = 12,
     ) -> None:
         self.tree = topology.plan(devices=devices, gateways=gateways, tiers=tiers)
         self.folder = Folder(path)
@@ -85,7 +87,7 @@ class LocalFleet:
         self.engine = engine
         self.port, *others = engine.ports if engine is not None else [free_port()]
         self.others = [f"{layout.HOST}:{port}" for port in others]
-        self.model = write_model(self.folder.path / "model")
+        self.model = write_model(self.folder.path / "model", width=width)
         self.card = ModelCard.decode(self.model.with_suffix(".card").read_bytes())
         self.settings = Settings(
             model=self.model,

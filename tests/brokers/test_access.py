@@ -1,0 +1,160 @@
+"""Who may do what on RabbitMQ and NATS, tried with a member's own certificate and no code of the fleet in between."""
+
+from __future__ import annotations
+
+import queue
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import paho.mqtt.client as paho
+import pytest
+from fleetfed_testing.engines import Nats, RabbitMq
+from fleetfed_testing.local_fleet import LocalFleet, prepared
+from fleetfed_testing.waiting import PATIENCE
+from paho.mqtt.enums import CallbackAPIVersion
+
+from fleetfed.cloud_coordinator.demo.layout import COORDINATOR
+from fleetfed.shared.mqtt.tls import TlsFiles, client_context
+
+pytestmark = pytest.mark.slow
+
+PLAN = "ff1/demo/north/b/plan"
+OWN = "ff1/demo/north/d/d-01"
+OTHER = "ff1/demo/north/d/d-02"
+
+
+@pytest.fixture(params=[RabbitMq, Nats], ids=["rabbitmq", "nats"])
+async def fleet(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[LocalFleet]:
+    """A broker that knows a fleet of which nobody runs."""
+    async with prepared(tmp_path, devices=2, engine=request.param()) as fleet:
+        fleet.lay_out()
+        await fleet.start_broker()
+        yield fleet
+
+
+@dataclass
+class Seen:
+    """What a client was told."""
+
+    client: paho.Client
+    messages: queue.Queue[tuple[str, bytes]] = field(default_factory=queue.Queue)
+    grants: queue.Queue[bool] = field(default_factory=queue.Queue)
+
+    def listen(self, topic: str) -> bool:
+        """Subscribe; returns whether it was granted, where a closed connection is a no."""
+        self.client.subscribe(topic, qos=1)
+        return self.grants.get(timeout=PATIENCE)
+
+    def say(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        self.client.publish(topic, payload, qos=1, retain=retain)
+
+    def hear(self) -> tuple[str, bytes]:
+        return self.messages.get(timeout=PATIENCE)
+
+
+def tls_of(fleet: LocalFleet, name: str) -> ssl.SSLContext:
+    folder = fleet.folder.keys / "identities" / name / "tls"
+    return client_context(TlsFiles(folder / "ca.pem", folder / "cert.pem", folder / "key.pem"))
+
+
+@contextmanager
+def connected(fleet: LocalFleet, name: str, **changes: Any) -> Iterator[Seen]:
+    """Connected with a member's certificate, or whatever else ``changes`` say."""
+    client = paho.Client(
+        CallbackAPIVersion.VERSION2,
+        client_id=changes.get("client_id", name),
+        protocol=paho.MQTTv311,
+        clean_session=False,
+        reconnect_on_failure=False,
+    )
+    client.tls_set_context(changes.get("context") or tls_of(fleet, name))
+    if "username" in changes:
+        client.username_pw_set(changes["username"], "")
+    seen = Seen(client)
+    accepted: queue.Queue[bool] = queue.Queue()
+
+    def on_connect(_c: Any, _u: Any, _f: Any, code: Any, _p: Any) -> None:
+        accepted.put(not code.is_failure)
+
+    def on_disconnect(*_: Any) -> None:
+        accepted.put(False)
+        seen.grants.put(False)
+
+    client.on_connect = on_connect
+    client.on_disconnect = on_disconnect
+    client.on_subscribe = lambda _c, _u, _m, codes, _p: seen.grants.put(not codes[0].is_failure)
+    client.on_message = lambda _c, _u, message: seen.messages.put((message.topic, message.payload))
+    client.connect("127.0.0.1", fleet.port)
+    client.loop_start()
+    try:
+        if not accepted.get(timeout=PATIENCE):
+            raise ConnectionRefusedError(name)
+        yield seen
+    finally:
+        client.disconnect()
+        client.loop_stop()
+
+
+async def test_a_device_speaks_and_hears_in_its_own_branch_alone(fleet: LocalFleet) -> None:
+    for topic in (f"{OTHER}/dn/+", f"{OTHER}/up/state", "ff1/demo/north/d/+/dn/+", "#", "ff1/demo/_/b/plan"):
+        with connected(fleet, "d-01") as sly:
+            assert not sly.listen(topic), topic
+    with connected(fleet, "d-02") as witness, connected(fleet, "g-north") as gateway:
+        assert witness.listen(PLAN)
+        assert witness.listen(f"{OTHER}/dn/+")
+        for topic in (PLAN, f"{OTHER}/dn/receipt", f"{OTHER}/up/state"):
+            with connected(fleet, "d-01") as sly:
+                sly.say(topic, b"forged", retain=True)
+        assert gateway.listen(f"{OTHER}/up/state")
+        assert gateway.listen(f"{OWN}/up/state")
+        with connected(fleet, "d-01") as honest:
+            honest.say(f"{OWN}/up/state", b"here")
+        assert gateway.hear() == (f"{OWN}/up/state", b"here"), "what was forged came before"
+        gateway.say(PLAN, b"plan", retain=True)
+        gateway.say(f"{OTHER}/dn/receipt", b"receipt")
+        assert sorted([witness.hear(), witness.hear()]) == [(PLAN, b"plan"), (f"{OTHER}/dn/receipt", b"receipt")]
+
+
+async def test_nobody_comes_in_without_a_certificate_of_the_fleet(fleet: LocalFleet, tmp_path: Path) -> None:
+    folder = fleet.folder.keys / "identities" / "d-01" / "tls"
+    bare = ssl.create_default_context(cafile=str(folder / "ca.pem"))
+    with pytest.raises((OSError, ConnectionRefusedError)), connected(fleet, "d-01", context=bare):
+        pass
+    with (
+        pytest.raises((OSError, ConnectionRefusedError)),
+        connected(fleet, "d-01", context=bare, username=COORDINATOR),
+    ):
+        pass
+
+
+async def test_a_name_given_beside_the_certificate_counts_for_nothing(fleet: LocalFleet) -> None:
+    with connected(fleet, "d-01", username=COORDINATOR) as sly:
+        assert not sly.listen("ff1/demo/_/g/+/up/state")
+
+
+async def test_whose_session_a_client_id_opens(fleet: LocalFleet) -> None:
+    """RabbitMQ binds it to the certificate; NATS does not, and the documentation says what that means."""
+    with connected(fleet, "d-01") as device:
+        assert device.listen(f"{OWN}/dn/+")
+    with connected(fleet, "g-north") as gateway:
+        gateway.say(f"{OWN}/dn/receipt", b"for d-01")
+    if isinstance(fleet.engine, RabbitMq):
+        assert not listens_as(fleet, "d-02", "d-01", f"{OTHER}/dn/+")
+        with connected(fleet, "d-01") as device:
+            assert device.hear() == (f"{OWN}/dn/receipt", b"for d-01")
+    else:
+        with connected(fleet, "d-02", client_id="d-01") as thief:
+            assert thief.hear() == (f"{OWN}/dn/receipt", b"for d-01")
+
+
+def listens_as(fleet: LocalFleet, name: str, client_id: str, topic: str) -> bool:
+    """Whether a member may listen under the client id of another."""
+    try:
+        with connected(fleet, name, client_id=client_id) as thief:
+            return thief.listen(topic)
+    except ConnectionRefusedError:
+        return False
