@@ -1,0 +1,93 @@
+"""Each alert fires on what it is for and not in a healthy fleet, by Prometheus's own rule tester."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+from fleetfed_testing.provocations import HEALTHY, HOUR, PROVOKED
+
+from fleetfed.shared.monitoring.catalog import SERIES
+from fleetfed.shared.monitoring.failures import MODES
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+ALERTS: Final = ROOT / "deploy/monitoring/alerts.yml"
+RUNBOOKS: Final = ROOT / "docs/runbooks"
+_PROMETHEUS: Final = {"up"}
+_NAME: Final = re.compile(r"\b(?:fleetfed|process)_[a-z_]+\b")
+
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed (Debian package `prometheus`)"
+)
+
+
+def rules() -> list[dict[str, Any]]:
+    groups = yaml.safe_load(ALERTS.read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def _kebab(alert: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "-", alert.removeprefix("Fleetfed")).lower()
+
+
+def _replay(tmp_path: Path, cases: list[tuple[str, dict[str, str], int]]) -> subprocess.CompletedProcess[str]:
+    """Run promtool; a case is an alert (or empty for any), the series, and how many are to fire after three hours."""
+    tests = [
+        {
+            "interval": "1m",
+            "name": alert or "healthy",
+            "input_series": [{"series": name, "values": values} for name, values in series.items()],
+            "promql_expr_test": [
+                {
+                    "expr": f'count(ALERTS{{{_which(alert)}alertstate="firing"}}) or vector(0)',
+                    "eval_time": f"{3 * HOUR}m",
+                    "exp_samples": [{"labels": "{}", "value": count}],
+                }
+            ],
+        }
+        for alert, series, count in cases
+    ]
+    path = tmp_path / "tests.yml"
+    path.write_text(yaml.safe_dump({"rule_files": [str(ALERTS)], "evaluation_interval": "5m", "tests": tests}))
+    return subprocess.run(["promtool", "test", "rules", str(path)], capture_output=True, text=True, check=False)
+
+
+def _which(alert: str) -> str:
+    return f'alertname="{alert}",' if alert else ""
+
+
+@needs_promtool
+def test_every_alert_fires_on_what_it_is_for_and_a_healthy_fleet_is_quiet(tmp_path: Path) -> None:
+    cases = [(alert, series, 1) for alert, series in PROVOKED.items()]
+    done = _replay(tmp_path, [*cases, ("", HEALTHY, 0)])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_a_test_of_an_alert_can_fail(tmp_path: Path) -> None:
+    assert _replay(tmp_path, [("FleetfedRoundsWait", HEALTHY, 1)]).returncode != 0
+
+
+def test_every_alert_is_provoked() -> None:
+    assert {rule["alert"] for rule in rules()} == PROVOKED.keys()
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: str(rule["alert"]))
+def test_an_alert_has_a_runbook_a_mode_and_known_series(rule: dict[str, Any]) -> None:
+    assert rule["labels"]["severity"] in ("page", "ticket", "info")
+    assert rule["labels"]["failure"] in MODES
+    used = set(_NAME.findall(rule["expr"]))
+    assert used <= SERIES | _PROMETHEUS, used - SERIES
+    runbook = rule["annotations"]["runbook_url"]
+    assert runbook == f"docs/runbooks/{_kebab(rule['alert'])}.md"
+    assert (ROOT / runbook).is_file()
+
+
+def test_no_runbook_is_left_over() -> None:
+    wanted = {f"{_kebab(rule['alert'])}.md" for rule in rules()} | {"README.md"}
+    assert {path.name for path in RUNBOOKS.iterdir()} == wanted
