@@ -48,9 +48,18 @@ class CoordinatorTally:
         self.update_bytes = 0
         self.participation: float | None = None
         self.progress = Progress(accepted=0, expected=0)
+        self._number = 0
         self.rounds = Histogram("fleetfed_round_duration_seconds")
         self.steps = Histogram("fleetfed_aggregation_duration_seconds")
         self._stepping: int | None = None
+
+    def telling(self, number: int, progress: Progress) -> None:
+        """Gateways told how far the devices of a round are; those that are done with it tell nothing of it any more."""
+        before = self.progress if number == self._number else Progress(accepted=0, expected=0)
+        self._number = number
+        self.progress = Progress(
+            accepted=max(before.accepted, progress.accepted), expected=max(before.expected, progress.expected)
+        )
 
     def stepping(self, now: int) -> None:
         """The last partial is here."""
@@ -64,12 +73,11 @@ class CoordinatorTally:
             self.sums += 1
         self.buckets_lost += result.buckets_lost
 
-    def ended(self, record: RoundRecord, progress: Progress, *, step: bool) -> None:
+    def ended(self, record: RoundRecord, *, step: bool) -> None:
         """A round is over.
 
         Args:
             record: of the round.
-            progress: of its devices, as gateways told last.
             step: whether its sum could not be applied.
         """
         self.outcomes[record.outcome] += 1
@@ -80,7 +88,11 @@ class CoordinatorTally:
         ):
             for reason, count in record.report.get(name, {}).items():
                 found[label(reason)] += count
-        self.progress = progress
+        # What gateways tell of their progress is seldom the last word; what they propose is.
+        answered = record.report.get("committed", 0)
+        answered += sum(record.report.get("excluded", {}).values()) + sum(record.report.get("declined", {}).values())
+        self.telling(record.number, Progress(accepted=answered, expected=answered))
+        progress = self.progress
         self.dropouts += max(0, progress.expected - progress.accepted)
         if progress.expected:
             self.participation = min(1.0, record.participants / progress.expected)
@@ -178,7 +190,7 @@ def _rounds(samples: Samples, coordinator: Coordinator) -> None:
     for state in State:
         samples.set("fleetfed_coordinator_state", machine.state is state, state)
     is_open = machine.round is not None
-    progress = coordinator.fleet.progress(machine.last_round) if is_open else coordinator.tally.progress
+    progress = coordinator.tally.progress
     samples.set("fleetfed_round_number", machine.last_round)
     samples.set("fleetfed_round_open", is_open)
     samples.set("fleetfed_round_expected_devices", progress.expected)

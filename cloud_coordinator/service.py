@@ -304,6 +304,8 @@ class Coordinator:
 
     def fleet_changed(self) -> None:
         """Presence or a census changed."""
+        number = self.machine.last_round
+        self.tally.telling(number, self.fleet.progress(number))
         summary = self.fleet_summary()
         if summary != self.machine.fleet and self.machine.state is not State.OPENING:
             self.handle(summary)
@@ -393,8 +395,7 @@ class Coordinator:
         self.reveals.clear()
         self.finished_rounds += 1
         # A problem that came up while the round was open is that its sum could not be applied.
-        progress = self.fleet.progress(record.number)
-        self.tally.ended(record, progress, step=bool(self.machine.run.problem))
+        self.tally.ended(record, step=bool(self.machine.run.problem))
         self.history.append(report.history_row(record))
 
     # --- The step -----------------------------------------------------------------------------------------------------

@@ -196,6 +196,7 @@ class DeviceRuntime:
             self._handle(events.Connected())
             self._systemd.ready("connected")
             self._status.touch()
+            self._teller.changed()
         elif isinstance(item, Disconnected):
             _log.info("connection lost: %s", item.reason)
             self._sender.disconnected()
@@ -249,6 +250,8 @@ class DeviceRuntime:
         except RemoteProtocolError as error:
             self._reject(error.reason, f"{message.topic}: {error.detail}")
             event = None
+        if isinstance(event, events.NodeBorn) and not event.retained:
+            self._teller.again()
         if event is not None:
             self._handle(event)
         self._session.ack(message)

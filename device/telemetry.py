@@ -56,6 +56,10 @@ class Teller:
         """Something else is worth telling."""
         self._changed = True
 
+    def again(self) -> None:
+        """Whoever is told knows nothing of us: it began anew."""
+        self._last = None
+
     def training(self, now: int) -> None:
         """Training begins."""
         self._training_since = now

@@ -81,8 +81,9 @@ class GatewayView:
 
         samples.set("fleetfed_round_number", status.round)
         samples.set("fleetfed_round_open", gateway.machine.round is not None)
-        samples.set("fleetfed_round_expected_devices", status.expected)
-        samples.set("fleetfed_round_answered_devices", status.answered)
+        previous, is_open = gateway.machine.previous, gateway.machine.round is not None
+        samples.set("fleetfed_round_expected_devices", status.expected if is_open else previous.expected)
+        samples.set("fleetfed_round_answered_devices", status.answered if is_open else previous.answered)
 
         manifest = gateway.relay.manifest
         samples.set("fleetfed_model_version", status.model_version)

@@ -73,6 +73,7 @@ class Previous:
         accepted: device to message id and head hash of what was accepted.
         mode, aborted: for the status: how it was done, and why it was aborted here; empty after a restart.
         opened: when its plan was, in unix milliseconds; 0 after a restart.
+        answered, expected: devices; 0 after a restart.
     """
 
     round: int = 0
@@ -81,6 +82,8 @@ class Previous:
     mode: str = ""
     aborted: str = ""
     opened: int = 0
+    answered: int = 0
+    expected: int = 0
 
 
 class GatewayMachine(Machine[GatewayState]):
@@ -234,7 +237,8 @@ class GatewayMachine(Machine[GatewayState]):
         self._pending = None
         if self.round is None:
             return []
-        record, self.round = self.round.record, None
+        rnd, self.round = self.round, None
+        record = rnd.record
         self.previous = Previous(
             round=record.plan.round,
             hash=record.hash,
@@ -242,6 +246,8 @@ class GatewayMachine(Machine[GatewayState]):
             mode=str(record.plan.mode),
             aborted=record.aborted,
             opened=record.plan.opened,
+            answered=rnd.answered,
+            expected=len(rnd.expected),
         )
         return [ev.ForgetRound(round=record.plan.round, hash=record.hash), ev.RoundOver(record.plan.round)]
 

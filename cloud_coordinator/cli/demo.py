@@ -18,6 +18,7 @@ from fleetfed.cloud_coordinator.demo.report import Report
         "fleetfed demo",
         "fleetfed demo --devices 20 --gateways 4 --tiers 2",
         "fleetfed demo --privacy helper",
+        "fleetfed demo --metrics --keep",
         "fleetfed demo --model fedkeeper_cnn --data mnist.npz --split shards --rounds 10",
         "fleetfed demo --model wrist --data hmp.npz --devices 12",
     )
@@ -56,6 +57,7 @@ from fleetfed.cloud_coordinator.demo.report import Report
     help="plain: gateways read updates; split: neither they nor the coordinator can; helper: not even both together.  "
     "[default: split where every gateway has two devices]",
 )
+@click.option("--metrics", is_flag=True, help="Open a port for Prometheus on everybody but the devices, and say which.")
 @click.option(
     "--dir",
     "directory",
@@ -85,6 +87,7 @@ def demo(
     seed: int,
     broker: str,
     privacy: str | None,
+    metrics: bool,
     directory: Path,
     keep: bool,
     as_json: bool,
@@ -116,6 +119,7 @@ def demo(
         seed=seed,
         broker=broker,
         privacy=privacy or "",
+        metrics=metrics,
         directory=directory,
     )
 

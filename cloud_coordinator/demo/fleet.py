@@ -35,20 +35,30 @@ class Fleet:
         topology: who there is.
         broker: ``embedded`` or ``mosquitto``.
         helper: whether a second holder of mask seeds runs.
+        metrics: whether everybody but the devices is to answer Prometheus, see `listens`.
     """
 
-    def __init__(self, folder: Folder, topology: Topology, *, broker: str, helper: bool = False) -> None:
+    def __init__(
+        self, folder: Folder, topology: Topology, *, broker: str, helper: bool = False, metrics: bool = False
+    ) -> None:
         self.folder = folder
         self.topology = topology
         self.supervisor = Supervisor(folder.logs)
         self._broker = broker
         self._helper = helper
+        self.listens: dict[str, str] = {}
+        if metrics:
+            names = [COORDINATOR, *(place.id for place in topology.gateways)]
+            names += [HELPER] if helper else []
+            # Mosquitto has no such port.
+            names += [BROKER] if broker == "embedded" else []
+            self.listens = {name: f"{layout.HOST}:{layout.free_port()}" for name in names}
 
     async def start_broker(self, keyring: Keyring) -> int:
         """Start the broker with TLS and the access list; return its port once it listens."""
         if self._broker == "mosquitto":
             return await self._start_mosquitto(keyring)
-        layout.write_broker(self.folder, keyring)
+        layout.write_broker(self.folder, keyring, listen=self.listens.get(BROKER, ""))
         command = (*_python("fleetfed.broker"), "run", "--config", str(self.folder.config(BROKER)))
         running = await self.supervisor.start(BROKER, command, environment=_ENVIRONMENT, pipe=True)
         line = await self.supervisor.wait_line(running, "listening on ", timeout=_READY)

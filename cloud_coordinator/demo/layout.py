@@ -8,6 +8,7 @@
       coordinator/ g-north/ d-01/ settings and state of each role
       operator.toml               for `fleetfed round`, `model` and `fleet`
       logs/                       one log per process
+      prometheus.json             with --metrics: where Prometheus finds them
       report.json accuracy.png    what came out of it
 """
 
@@ -58,6 +59,7 @@ class Settings:
         tables: further tables of the coordinator's, such as ``clips``.
         gateway: further settings of every gateway.
         device: further settings of every device.
+        listens: where who is to answer Prometheus, by id; the broker's is in its own file.
     """
 
     model: Path
@@ -67,6 +69,11 @@ class Settings:
     tables: Mapping[str, Any] = field(default_factory=dict)
     gateway: Mapping[str, Any] = field(default_factory=dict)
     device: Mapping[str, Any] = field(default_factory=dict)
+    listens: Mapping[str, str] = field(default_factory=dict)
+
+    def monitoring(self, name: str) -> dict[str, Any]:
+        """The ``[monitoring]`` of one process, in a table; empty where nobody is to look at it."""
+        return {"monitoring": {"listen": self.listens[name]}} if name in self.listens else {}
 
 
 class Folder:
@@ -152,8 +159,15 @@ def make_keys(folder: Folder, topology: Topology, *, now: int, helper: bool = Fa
     return keyring
 
 
-def write_broker(folder: Folder, keyring: Keyring, *, port: int = 0) -> BrokerConfig:
-    """Write the access list and ``broker.toml``: TLS with client certificates, one list of exact rights per member."""
+def write_broker(folder: Folder, keyring: Keyring, *, port: int = 0, listen: str = "") -> BrokerConfig:
+    """Write the access list and ``broker.toml``: TLS with client certificates, one list of exact rights per member.
+
+    Args:
+        folder: of the fleet.
+        keyring: with the broker's identity.
+        port: to listen on; 0 picks a free one.
+        listen: where the embedded broker is to answer Prometheus; empty for nowhere.
+    """
     from fleetfed.cloud_coordinator.cli.broker import broker_tls
 
     place = folder.role(BROKER)
@@ -169,6 +183,7 @@ def write_broker(folder: Folder, keyring: Keyring, *, port: int = 0) -> BrokerCo
         "persistence_dir": "state",
         "sys_interval": 0,
         "tls": {name: str(getattr(tls, name)) for name in ("ca", "cert", "key", "crl")},
+        **({"monitoring": {"listen": listen}} if listen else {}),
     }
     (place / "broker.toml").write_text(toml(table))
     return config
@@ -194,13 +209,14 @@ def write_roles(
         "broker": broker,
         "model": {"file": str(settings.model.absolute())},
         "rounds": settings.rounds,
+        **settings.monitoring(COORDINATOR),
         **settings.tables,
     }
     if settings.validation is not None:
         coordinator["validation"] = {"path": str(settings.validation.absolute())}
     _write(folder, COORDINATOR, coordinator)
     if helper:
-        own = {"identity": str(identities / HELPER), "state": "state", "broker": broker}
+        own = {"identity": str(identities / HELPER), "state": "state", "broker": broker, **settings.monitoring(HELPER)}
         _write(folder, HELPER, own | {"suite": settings.rounds.get("suite", SEALED_BOX)})
     for gateway in topology.gateways:
         _write(folder, gateway.id, _gateway(gateway, identities, broker, settings))
@@ -216,6 +232,7 @@ def _gateway(place: GatewayPlace, identities: Path, broker: Mapping[str, Any], s
         "state": "state",
         "upstream": {"site": place.upstream},
         "broker": broker,
+        **settings.monitoring(place.id),
         **settings.gateway,
     }
 
@@ -240,6 +257,24 @@ def _write(folder: Folder, name: str, table: Mapping[str, Any]) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write a file that people may read, whole or not at all."""
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_targets(folder: Folder, topology: Topology, listens: Mapping[str, str]) -> Path:
+    """Write where Prometheus finds whom, as its ``file_sd_configs`` read it; return the file."""
+    sites = {place.id: place.site for place in topology.gateways}
+    roles = {BROKER: BROKER, COORDINATOR: COORDINATOR, HELPER: HELPER}
+    path = folder.path / "prometheus.json"
+    write_json(
+        path,
+        [
+            {
+                "targets": [listen],
+                "labels": {"role": roles.get(name, "gateway"), **({"site": sites[name]} if name in sites else {})},
+            }
+            for name, listen in listens.items()
+        ],
+    )
+    return path
 
 
 def free_port() -> int:

@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -57,6 +57,7 @@ class Options:
     seed: int = 1
     broker: str = "embedded"
     privacy: str = ""
+    metrics: bool = False
     directory: Path = Path("runs/demo")
 
 
@@ -107,7 +108,7 @@ async def run_demo(options: Options, screen: Screen, show: Callable[[Report], No
     folder = Folder(options.directory)
     folder.prepare()
     try:
-        fleet = Fleet(folder, tree, broker=options.broker, helper=private.helper)
+        fleet = Fleet(folder, tree, broker=options.broker, helper=private.helper, metrics=options.metrics)
         async with stopping(fleet):
             screen.say(
                 f"Setting up keys, access list and settings: {options.devices} devices, {len(tree.gateways)} gateways, "
@@ -117,6 +118,8 @@ async def run_demo(options: Options, screen: Screen, show: Callable[[Report], No
             await fleet.start_roles()
             count = 2 + len(tree.gateways) + len(tree.devices) + private.helper
             screen.say(f"{count} processes are running; logs in {_relative(folder.logs)}")
+            if fleet.listens:
+                screen.say(_where(fleet))
             rounds = await _watch(fleet, port, screen, options)
             setup = rounds[0].opened / 1000 - time.time() + time.monotonic() - began
             await _catch_up(fleet, max(each.version for each in rounds))
@@ -160,7 +163,7 @@ async def _set_up(
     await asyncio.sleep(0)
     card = write_model(options, folder)
     sizes = write_data(split, folder, tree)
-    settings = _settings(options, recipe, folder, tree, private)
+    settings = replace(_settings(options, recipe, folder, tree, private), listens=fleet.listens)
     port = await starting
     layout.write_roles(folder, tree, settings, port=port, helper=private.helper)
     if private.note:
@@ -299,6 +302,13 @@ async def _catch_up(fleet: Fleet, version: int) -> None:
             return
         # Processes tell each other through files here: there is no event to wait for.
         await asyncio.sleep(0.05)
+
+
+def _where(fleet: Fleet) -> str:
+    """Where the metrics are, for people; a file says it to Prometheus."""
+    path = layout.write_targets(fleet.folder, fleet.topology, fleet.listens)
+    pages = "\n".join(f"  {name:<14} http://{listen}/metrics" for name, listen in fleet.listens.items())
+    return f"Metrics, and for Prometheus' file_sd_configs in {_relative(path)}:\n{pages}"
 
 
 async def _keep(fleet: Fleet, screen: Screen) -> None:

@@ -157,7 +157,7 @@ async def test_rounds_that_came_to_nothing(worlds: Callable[..., World]) -> None
     assert seen.value("fleetfed_failures_total", "dropout") == 1
     # Gateways count what they refuse.
     assert seen.value("fleetfed_failures_total", "poisoning") == 0
-    assert seen.value("fleetfed_participation_ratio") is None
+    assert seen.value("fleetfed_participation_ratio") == 0
     assert {str(mode) for mode in MODES} == {labels[0] for labels in seen._values["fleetfed_failures_total"]}
     await world.restart()
     # What is in the database outlives the process.

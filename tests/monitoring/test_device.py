@@ -73,6 +73,13 @@ def test_a_clock_that_was_put_back_does_not_silence_it() -> None:
     assert teller.next_deadline(NOW - HOUR) == NOW - HOUR
 
 
+def test_a_gateway_that_began_anew_is_told_at_once() -> None:
+    teller = Teller(started=NOW)
+    tell(teller)
+    teller.again()
+    assert teller.next_deadline(NOW + 1) == NOW + 1
+
+
 def test_who_was_told_not_to_says_nothing() -> None:
     assert Teller(started=NOW, enabled=False).next_deadline(NOW) is None
 
@@ -141,17 +148,28 @@ class World:
             ConnectionConfig(host="127.0.0.1", port=broker.port, client_id="d-0"),
             "",
         )
-        endpoint = Endpoint(host="127.0.0.1", port=broker.port, tls=False, reconnect_cap=0.1)
-        self.gateway = Gateway(
-            GatewayConfig(
-                identity=directory / "gateway" / "identity",
-                state=directory / "gateway" / "state",
-                broker=endpoint,
-                limits=LimitsConfig(settle=0.1),
-                monitoring=GatewayMonitoringConfig(listen="127.0.0.1:0"),
-            ),
-            fleet.identity("g-north", Role.GATEWAY, "north"),
+        self.endpoint = Endpoint(host="127.0.0.1", port=broker.port, tls=False, reconnect_cap=0.1)
+        self.identity = fleet.identity("g-north", Role.GATEWAY, "north")
+
+    async def start_gateway(self) -> None:
+        settings = GatewayConfig(
+            identity=self.directory / "gateway" / "identity",
+            state=self.directory / "gateway" / "state",
+            broker=self.endpoint,
+            limits=LimitsConfig(settle=0.1),
+            monitoring=GatewayMonitoringConfig(listen="127.0.0.1:0"),
         )
+        self.gateway = Gateway(settings, self.identity)
+        self._running = asyncio.create_task(self.gateway.run())
+        await eventually(lambda: not self.gateway.obstacle())
+
+    async def stop_gateway(self) -> None:
+        self.gateway.stop()
+        await self._running
+
+    async def restart_gateway(self) -> None:
+        await self.stop_gateway()
+        await self.start_gateway()
 
     @property
     def status(self) -> dict[str, Any]:
@@ -183,11 +201,9 @@ async def world(
 ) -> AsyncIterator[World]:
     monkeypatch.setattr(sys, "path", list(sys.path))
     made = World(embedded_broker(tls=False), tmp_path)
-    running = asyncio.create_task(made.gateway.run())
-    await eventually(lambda: not made.gateway.obstacle())
+    await made.start_gateway()
     yield made
-    made.gateway.stop()
-    await running
+    await made.stop_gateway()
 
 
 async def test_a_devices_word_reaches_its_gateways_page(world: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,6 +216,8 @@ async def test_a_devices_word_reaches_its_gateways_page(world: World, capsys: py
         await eventually(lambda: seen_connected(world))
         await eventually(lambda: not world.status["obstacle"])
         assert await world.healthy(capsys) == (0, "")
+        await world.restart_gateway()
+        await eventually(lambda: len(world.gateway.tales))
         await asyncio.to_thread(world.broker.stop)
         await eventually(lambda: world.status["obstacle"])
         assert await world.healthy(capsys) == (1, "not healthy: not connected to the broker\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from fleetfed.broker.config import load_config as load_broker
 from fleetfed.cloud_coordinator.config import CoordinatorConfig
 from fleetfed.cloud_coordinator.control.client import OperatorConfig
 from fleetfed.cloud_coordinator.demo import layout, topology
+from fleetfed.cloud_coordinator.demo.fleet import Fleet
 from fleetfed.cloud_coordinator.demo.layout import Folder, Settings, toml
+from fleetfed.cloud_coordinator.helper.config import load as load_helper
 from fleetfed.device.config import load as load_device
 from fleetfed.gateway.config import load as load_gateway
 from fleetfed.shared.clock import unix_ms
@@ -65,6 +68,37 @@ def test_every_role_reads_its_settings(tmp_path: Path) -> None:
         assert Identity.load(settings_read.identity, role=Role.DEVICE).certificate.site == device.site
     operator = OperatorConfig.load(folder.path / "operator.toml")
     assert Identity.load(operator.identity, role=Role.OPERATOR).certificate.id == layout.OPERATOR
+    folder.release()
+
+
+async def test_who_is_to_answer_prometheus_is_in_its_settings_and_in_one_file(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "run")
+    folder.prepare()
+    tree = topology.plan(devices=2, gateways=1, tiers=1)
+    fleet = Fleet(folder, tree, broker="embedded", helper=True, metrics=True)
+    assert set(fleet.listens) == {"coordinator", "helper", "broker", "g-north"}
+    assert len(set(fleet.listens.values())) == 4
+    assert "broker" not in Fleet(folder, tree, broker="mosquitto", metrics=True).listens
+    assert not Fleet(folder, tree, broker="embedded").listens
+    keyring = layout.make_keys(folder, tree, now=unix_ms(), helper=True)
+    layout.write_broker(folder, keyring, listen=fleet.listens["broker"])
+    (folder.path / "model.tflite").write_bytes(b"x")
+    settings = Settings(
+        model=folder.path / "model.tflite",
+        validation=None,
+        data={place.id: {} for place in tree.devices},
+        rounds={"rounds": 2},
+        listens=fleet.listens,
+    )
+    layout.write_roles(folder, tree, settings, port=4242, helper=True)
+    assert load_broker(folder.config("broker")).monitoring.listen == fleet.listens["broker"]
+    assert load_gateway(folder.config("g-north")).monitoring.listen == fleet.listens["g-north"]
+    assert load_helper(folder.config("helper")).monitoring.listen == fleet.listens["helper"]
+    coordinator = CoordinatorConfig.load(folder.config("coordinator"))
+    assert coordinator.monitoring.listen == fleet.listens["coordinator"]
+    targets = json.loads(layout.write_targets(folder, tree, fleet.listens).read_text())
+    assert [each["labels"]["role"] for each in targets] == ["coordinator", "gateway", "helper", "broker"]
+    assert targets[1] == {"targets": [fleet.listens["g-north"]], "labels": {"role": "gateway", "site": "north"}}
     folder.release()
 
 
