@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[3]
 CONTAINERS = ROOT / "tests" / "containers"
 PROJECT = "fleetfed-test"
 DEVICES = tuple(f"{site}-device-{number}" for site in ("north", "south") for number in (1, 2, 3))
+NORTH = DEVICES[:3]
 
 
 def run(*command: str, check: bool = True, timeout: float = 120, environment: dict[str, str] | None = None) -> str:
@@ -120,6 +121,40 @@ class Composed:
         query = "select id, contributions from devices"
         rows = self.inside("postgres", "psql", "-U", "fleetfed", "-d", "fleetfed", "-AtF", " ", "-c", query)
         return {name: int(count) for name, count in (line.split() for line in rows.splitlines())}
+
+    def newest(self) -> str:
+        """SHA-256 of the newest version, as the coordinator has it."""
+        return str(self.operator("model", "show")["sha256"])
+
+    def held(self, name: str) -> str:
+        """SHA-256 of the file on a device's disk that it calls its current version."""
+        path = f"/var/lib/fleetfed/models/{self.device(name)['model_sha256']}.tflite"
+        return self.inside(name, "sha256sum", path, check=False).split()[0]
+
+    def pause(self) -> None:
+        """Let the open round end, and no further one begin."""
+        self.operator("round", "pause")
+        self.until("no open round", lambda: self.round()["state"] == "paused", 180)
+
+    def open_round(self) -> int:
+        """Open a round with no device of the north awake, after a pause; return its number when the site has it."""
+        number = int(self.round()["round"]) + 1
+        run("docker", "pause", *map(self.container, NORTH))
+        self.operator("round", "resume")
+        self.until("the plan at the site", lambda: f"round {number} opens" in self.log("north-gateway"))
+        return number
+
+    def wake(self, *names: str) -> None:
+        run("docker", "unpause", *map(self.container, names))
+
+    def health(self, service: str) -> str:
+        return str(self.inspect(service)["State"].get("Health", {}).get("Status", "none"))
+
+    def services(self) -> list[str]:
+        """Those that have a container."""
+        form = '{{.Label "com.docker.compose.service"}}'
+        label = f"label=com.docker.compose.project={PROJECT}"
+        return sorted(run("docker", "ps", "-a", "--filter", label, "--format", form).split())
 
     def cut(self, site: str) -> None:
         """Take a site's uplink away: packets are lost, nothing is closed."""
