@@ -52,6 +52,7 @@ NO_HELPER = (
     "set seed_holders = 1"
 )
 """What an operator reads while rounds wait for the helper."""
+_ASIDE = "round %d: %s is quarantined; see `fleetfed fleet quarantine`"
 _ANY_HELPER = b"\0"
 """Stands for a helper's key where only the rest of a plan is judged."""
 
@@ -330,7 +331,7 @@ class RoundBook:
         if bad:
             self._set_aside(self._senders(own_message(proposal, Proposal)[0], bad, now), now)
         counts = (current.plan.round, gateway, len(instruction.members), len(instruction.excluded))
-        _log.info("round %d: %s: %d committed, %d left out", *counts)
+        _log.info("round %d: %s: %d committed, %d left out", *counts, extra={"gateway": gateway})
         return ev.CommitStored(gateway=gateway, commit=signed.head.hash)
 
     def reveal(self, message: ev.Named, revealed: Revealed, now: int) -> None:
@@ -372,7 +373,7 @@ class RoundBook:
         assert self.current is not None
         number = self.current.plan.round
         for device in self.asides.put_spoilers(devices, number, self._settings.quarantine, now=now):
-            _log.warning("round %d: %s is quarantined; see `fleetfed fleet quarantine`", number, device)
+            _log.warning(_ASIDE, number, device, extra={"device": device})
 
     # --- The end ------------------------------------------------------------------------------------------------------
 
@@ -427,7 +428,7 @@ class RoundBook:
             if self._settings.defence is not None:
                 aside = self.asides.note_round(record.number, self._settings.quarantine, now=record.closed)
                 for device in aside:
-                    _log.warning("round %d: %s is quarantined; see `fleetfed fleet quarantine`", record.number, device)
+                    _log.warning(_ASIDE, record.number, device, extra={"device": device})
         self._sum, self._secret = None, None
         if self.current is not None:
             self.current = replace(self.current, secret=None)

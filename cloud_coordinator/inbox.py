@@ -77,7 +77,7 @@ class Inbox:
             await self._route(parsed, payload)
         except RemoteProtocolError as error:
             self._coordinator.rejected.add(error.reason)
-            _log.warning("%s: refused: %s", topic, error)
+            _log.warning("%s: refused: %s", topic, error, extra={"reason": str(error.reason)})
 
     async def _route(self, topic: MemberTopic, payload: bytes) -> None:
         member, coordinator = topic.member, self._coordinator

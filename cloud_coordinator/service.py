@@ -282,7 +282,8 @@ class Coordinator:
     def refuse(self, message: ev.Named, reason: RejectReason, detail: str = "", *, kind: Kind = Kind.GATEWAY) -> None:
         """Count a refused message and tell its sender."""
         self.rejected.add(reason)
-        _log.warning("%s: refused: %s %s", message.gateway, reason, detail)
+        about = {"gateway": message.gateway, "reason": str(reason), "round": self.machine.last_round}
+        _log.warning("%s: refused: %s %s", message.gateway, reason, detail, extra=about)
         self.confirm(kind, message, reason=reason, detail=detail[:2000])
 
     def confirm(self, kind: Kind, message: ev.Named, *, reason: RejectReason | None = None, detail: str = "") -> None:

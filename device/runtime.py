@@ -44,7 +44,7 @@ from fleetfed.shared.trust.keeper import TrustKeeper
 from fleetfed.shared.trust.sequence import SequenceFile
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.envelope import MessageKind, digest
-from fleetfed.shared.wire.messages import Decline, Life, Need, Presence
+from fleetfed.shared.wire.messages import Decline, Life, Need, Plan, Presence
 from fleetfed.shared.wire.topics import Broadcast, Kind, SiteTopics, Verb
 
 _log = logging.getLogger(__name__)
@@ -266,7 +266,7 @@ class DeviceRuntime:
         if made and plan is not None:
             self._handle(events.TrainingDone(plan_hash, self._inbound.judge(plan, self._clock())))
         elif reason is not None:
-            _log.warning("no update: %s: %s", reason, detail)
+            _log.warning("no update: %s: %s", reason, detail, extra={"reason": str(reason)} | _round(plan))
             self._handle(events.TrainingDeclined(plan_hash, reason, detail))
         self._finished = None
 
@@ -444,7 +444,8 @@ class DeviceRuntime:
         return self._presence(_GOODBYE[self._settings.run.stop_as])
 
     def _reject(self, reason: Any, detail: str) -> None:
-        _log.warning("refused: %s: %s", reason, detail[:300])
+        about = {"reason": str(reason)} | _round(self._machine.plan)
+        _log.warning("refused: %s: %s", reason, detail[:300], extra=about)
         self._status.reject(str(reason))
         self._teller.refused(str(reason))
 
@@ -538,3 +539,8 @@ _HEARD: Final = (Broadcast.REVOKED, Broadcast.TRUST, Broadcast.NODE, Broadcast.M
 def _begun(account: Account, spent: int) -> Account:
     """The ledger's account, which begins with what the enrolment service says is spent (docs/enrolment.md)."""
     return dataclasses.replace(account, participations=max(account.participations, spent))
+
+
+def _round(plan: Plan | None) -> dict[str, Any]:
+    """Of a log line."""
+    return {} if plan is None else {"round": plan.round}

@@ -65,6 +65,10 @@ _NEVER_TAKEN: Final = frozenset(
 """Faults of the sender and not of the message: nothing that such a member sends can be taken."""
 
 
+_CALLED: Final = {Kind.DEVICE: "device", Kind.GATEWAY: "gateway"}
+"""What a log line calls whose message it was."""
+
+
 class Inbound:
     """See the module.
 
@@ -141,8 +145,10 @@ class Inbound:
             payload: what.
             live: it was said just now, and is no copy that the broker had kept.
         """
+        about: dict[str, str] = {}
         try:
             where = parse(topic)
+            about = _about(where)
             if where.fleet != self._site.fleet:
                 raise RemoteProtocolError(RejectReason.WRONG_FLEET, topic[:200])
             if where.site == self._site.site:
@@ -152,7 +158,7 @@ class Inbound:
             else:
                 raise RemoteProtocolError(RejectReason.WRONG_SITE, topic[:200])
         except RemoteProtocolError as error:
-            self._performer.count(topic[:200], error.reason, error.detail)
+            self._performer.count(topic[:200], error.reason, error.detail, about=about)
 
     def round_over(self) -> None:
         """Half messages of the round that is over are void."""
@@ -242,7 +248,8 @@ class Inbound:
                 self._refuse(kind, member, head, RemoteProtocolError(reason, detail))
 
     def _refuse(self, kind: Kind, member: str, head: Head | None, error: RemoteProtocolError) -> None:
-        self._performer.count(f"message of {member}", error.reason, error.detail)
+        about = {_CALLED[kind]: member}
+        self._performer.count(f"message of {member}", error.reason, error.detail, about=about)
         if head is not None:
             self._performer.send_receipt(kind, member, head.header.message_id, head.hash, error.reason)
         if error.reason in _NEVER_TAKEN:
@@ -434,3 +441,8 @@ class Inbound:
 
 def _any(head: Head, certificate: Certificate, now: int) -> bool:
     return True
+
+
+def _about(where: Any) -> dict[str, str]:
+    """Whose message it was, for a log line."""
+    return {_CALLED[where.kind]: where.member} if isinstance(where, MemberTopic) and where.kind in _CALLED else {}

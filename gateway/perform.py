@@ -151,11 +151,15 @@ class Performer:
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def count(self, what: str, reason: RejectReason, detail: str, *, alarm: bool = False) -> None:
-        """Count and log a refusal; an alarm is for a person to see."""
+    def count(
+        self, what: str, reason: RejectReason, detail: str, *, alarm: bool = False, about: dict[str, str] | None = None
+    ) -> None:
+        """Count and log a refusal, and whose message it was; an alarm is for a person to see."""
         self._counters.add(str(reason))
         level = logging.ERROR if alarm else logging.INFO
-        _log.log(level, "refused %s: %s%s", what, reason, f" ({detail})" if detail else "")
+        rnd = self._machine.round
+        extra = {"reason": str(reason), **(about or {}), **({"round": rnd.record.plan.round} if rnd else {})}
+        _log.log(level, "refused %s: %s%s", what, reason, f" ({detail})" if detail else "", extra=extra)
 
     def send_receipt(
         self, kind: Kind, member: str, message_id: MessageId, head: Digest, reason: RejectReason | None

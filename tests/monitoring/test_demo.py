@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import signal
 import subprocess
@@ -32,6 +33,19 @@ _ONLY_WHEN_IT_HAPPENS = {
 }
 
 
+def assert_no_secrets(folder: Path) -> None:
+    """No key is in a log, in any form that a program would write it."""
+    logs = b"".join(path.read_bytes() for path in (folder / "logs").iterdir())
+    keys = [path.read_bytes().strip() for path in (folder / "keys").rglob("*key*") if path.is_file()]
+    assert len(keys) > 8
+    for key in keys:
+        # Of a PEM file, its body's first line.
+        text = key.splitlines()[1] if key.startswith(b"-----") else key
+        for form in (text, base64.b64encode(key), key.hex().encode(), repr(key)[2:-1].encode()):
+            assert len(form) >= 16
+            assert form not in logs
+
+
 @pytest.mark.slow
 def test_a_demo_with_metrics(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
@@ -48,6 +62,7 @@ def test_a_demo_with_metrics(tmp_path: Path) -> None:
     finally:
         demo.send_signal(signal.SIGINT)
         _, log = demo.communicate(timeout=PATIENCE)
+    assert_no_secrets(folder)
     assert set(pages) == {Role.COORDINATOR, Role.GATEWAY, Role.HELPER, Role.BROKER}, log.decode()
     for role, page in pages.items():
         assert set(of_role(role)) - set(page.kinds) <= _ONLY_WHEN_IT_HAPPENS, role

@@ -27,6 +27,7 @@ from fleetfed.shared.monitoring.failures import MODES
 from fleetfed.shared.monitoring.server import MonitoringServer
 from fleetfed.shared.mqtt.config import ConnectionConfig
 from fleetfed.shared.mqtt.session import Session
+from fleetfed.shared.telemetry import JsonFormatter
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.messages import Life, Presence
@@ -146,6 +147,18 @@ async def test_lost_devices_and_nonsense_are_counted(world: World) -> None:
     assert seen.value("fleetfed_rejected_total", reason="malformed", failure="corruption") == 1
     assert seen.value("fleetfed_failures_total", failure="corruption") == 1
     assert seen.labelled("fleetfed_failures_total", "failure") == {str(mode) for mode in MODES}
+
+
+async def test_a_refusal_is_logged_with_whose_message_it_was(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    await world.tell("d-0", b"\xc1")
+    await eventually(lambda: world.gateway.counters.snapshot())
+    formatter = JsonFormatter("gateway")
+    formatter.id, formatter.site = "g-north", "north"
+    (line,) = (json.loads(formatter.format(each)) for each in caplog.records if "refused" in each.getMessage())
+    assert (line["device"], line["reason"], line["id"], line["site"]) == ("d-0", "malformed", "g-north", "north")
+    assert "gateway" not in line
+    assert "round" not in line
 
 
 async def test_everything_that_a_gateway_always_knows_is_there(world: World) -> None:
