@@ -1,0 +1,200 @@
+"""The dashboards are what is built, ask for series that exist, and show data of a demo to a real Prometheus."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+
+from fleetfed.shared.monitoring.catalog import SERIES
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+FOLDER: Final = ROOT / "deploy/monitoring/dashboards"
+ALERTS: Final = ROOT / "deploy/monitoring/alerts.yml"
+NAMES: Final = ("executive", "oncall", "debug")
+_VARIABLES: Final = {"$window": "1m", "$site": ".*"}
+_ROUNDS: Final = 12
+
+
+def _builder() -> Any:
+    spec = importlib.util.spec_from_file_location("build_dashboards", ROOT / "deploy/monitoring/build_dashboards.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text())  # type: ignore[no-any-return]
+
+
+def queries(name: str) -> Iterator[tuple[str, str]]:
+    """Panel and query, with the variables filled in."""
+    for panel in load(name)["panels"]:
+        for target in panel.get("targets", ()):
+            query = target["expr"]
+            for variable, value in _VARIABLES.items():
+                query = query.replace(variable, value)
+            yield panel["title"], query
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_files_are_what_the_builder_writes(name: str) -> None:
+    assert load(name) == _builder().build(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dashboard_is_one_that_grafana_reads(name: str) -> None:
+    dashboard = load(name)
+    assert dashboard["uid"] == f"fleetfed-{name}"
+    assert dashboard["schemaVersion"] >= 36
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert place["x"] + place["w"] <= 24
+        assert not cells & taken, panel["title"]
+        taken |= cells
+        assert panel["title"]
+        references = [target["refId"] for target in panel.get("targets", ())]
+        assert len(set(references)) == len(references)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_query_asks_for_series_that_a_role_shows(name: str) -> None:
+    for title, query in queries(name):
+        assert "$" not in query, title
+        used = set(re.findall(r"\b(?:fleetfed|process)_[a-z_]+\b", query))
+        assert used, title
+        assert used <= SERIES, (title, used - SERIES)
+
+
+def test_grafana_finds_them() -> None:
+    folder = ROOT / "deploy/monitoring/provisioning"
+    (provider,) = yaml.safe_load((folder / "dashboards/fleetfed.yml").read_text())["providers"]
+    assert provider["options"]["path"] == "/etc/grafana/fleetfed"
+    (source,) = yaml.safe_load((folder / "datasources/prometheus.yml").read_text())["datasources"]
+    assert source["type"] == "prometheus"
+    assert source["isDefault"]
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class Prometheus:
+    """A real one, that scrapes what a file names, every second."""
+
+    def __init__(self, folder: Path, targets: Path) -> None:
+        self._port = _free_port()
+        config = {
+            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "rule_files": [str(ALERTS)],
+            "scrape_configs": [
+                {
+                    "job_name": "fleetfed",
+                    "file_sd_configs": [{"files": [str(targets)], "refresh_interval": "1s"}],
+                }
+            ],
+        }
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        self.began = time.time()
+        self.process = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address=127.0.0.1:{self._port}",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def ask(self, path: str, **arguments: str) -> Any:
+        url = f"http://127.0.0.1:{self._port}/api/v1/{path}?{urllib.parse.urlencode(arguments)}"
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return json.load(response)["data"]
+
+    def shows(self, query: str) -> bool:
+        """Whether there was any value of it, since the start."""
+        found = self.ask("query_range", query=query, start=f"{self.began:.0f}", end=f"{time.time():.0f}", step="1s")
+        return any(not math.isnan(float(value)) for series in found["result"] for _, value in series["values"])
+
+
+@pytest.fixture(scope="module")
+def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    folder = tmp_path_factory.mktemp("scraped")
+    demo = folder / "demo"
+    with (folder / "demo.log").open("wb") as log:
+        fleet = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "fleetfed.cloud_coordinator", "demo", "--metrics", "--keep"),
+                *("--devices", "6", "--gateways", "2", "--rounds", str(_ROUNDS), "--privacy", "helper"),
+                *("--dir", str(demo)),
+            ],
+            stdout=log,
+            stderr=log,
+        )
+        prometheus = Prometheus(folder, demo / "prometheus.json")
+        try:
+            deadline = time.monotonic() + 180
+            while not (demo / "report.json").exists():
+                assert fleet.poll() is None, (folder / "demo.log").read_text()
+                assert time.monotonic() < deadline, (folder / "demo.log").read_text()
+                time.sleep(0.5)
+            yield prometheus
+        finally:
+            for process in (fleet, prometheus.process):
+                process.send_signal(signal.SIGINT)
+            for process in (fleet, prometheus.process):
+                process.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("prometheus") is None, reason="prometheus is not installed (Debian package `prometheus`)"
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_panel_shows_data_of_a_demo(scraped: Prometheus, name: str) -> None:
+    # Devices tell once a minute at most.
+    deadline = time.monotonic() + 120
+    missing = list(queries(name))
+    while missing and time.monotonic() < deadline:
+        missing = [(title, query) for title, query in missing if not scraped.shows(query)]
+        if missing:
+            time.sleep(1)
+    assert not missing
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("prometheus") is None, reason="prometheus is not installed (Debian package `prometheus`)"
+)
+def test_a_demo_is_healthy_to_its_alerts(scraped: Prometheus) -> None:
+    assert all(target["health"] == "up" for target in scraped.ask("targets")["activeTargets"])
+    firing = [alert["labels"] for alert in scraped.ask("alerts")["alerts"] if alert["state"] == "firing"]
+    assert not firing
+    rules = [rule for group in scraped.ask("rules")["groups"] for rule in group["rules"]]
+    assert rules
+    assert all(rule["health"] == "ok" for rule in rules), [rule.get("lastError") for rule in rules]
