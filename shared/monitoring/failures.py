@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Final
+from typing import Final, cast
 
 from fleetfed.shared.errors import RejectReason as R
 from fleetfed.shared.wire.messages import DeclineReason as D
@@ -168,7 +168,6 @@ def of_abort(reason: str, *, step: bool) -> tuple[str, Failure]:
 
 
 def _known(label: str, table: Mapping[R, Failure] | Mapping[D, Failure]) -> tuple[str, Failure]:
-    for known, mode in table.items():
-        if known.value == label:
-            return label, mode
-    return OTHER, Failure.NONE
+    # A reason equals its label, and has its hash.
+    mode = cast("Mapping[str, Failure]", table).get(label)
+    return (OTHER, Failure.NONE) if mode is None else (label, mode)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from fleetfed.shared.monitoring.catalog import CATALOG, Kind, Metric, Role
@@ -62,6 +62,18 @@ class Samples:
         self.role = role
         self._values: dict[str, dict[tuple[str, ...], float]] = {}
         self._histograms: dict[str, Histogram] = {}
+        self._later: list[Callable[[], None]] = []
+
+    def defer(self, work: Callable[[], None]) -> None:
+        """Have what needs the loop's thread no more done by whoever calls `complete`."""
+        self._later.append(work)
+
+    def complete(self) -> Samples:
+        """Do what was deferred; any thread."""
+        later, self._later = self._later, []
+        for work in later:
+            work()
+        return self
 
     def set(self, name: str, value: float | None, *labels: str) -> None:
         """Set one series; None leaves it out."""

@@ -54,7 +54,7 @@ class Watched(Protocol):
         """Empty when connected and able to work, else one line that says why not."""
 
     def look(self) -> Samples:
-        """What the process knows by itself; short."""
+        """What the process knows by itself; short. What takes longer and needs no loop is deferred."""
 
     def look_slowly(self, samples: Samples) -> None:
         """Add what must be read from the disk."""
@@ -127,7 +127,7 @@ class _Pages:
                     reason = self._ask(self._watched.ready)
                     return (503, reason.encode() + b"\n", text) if reason else (200, b"ok\n", text)
                 case "/metrics":
-                    samples = self._ask(self._watched.look)
+                    samples = self._ask(self._watched.look).complete()
                     self._add_slow(samples)
                     process(samples)
                     return 200, render(samples), CONTENT_TYPE

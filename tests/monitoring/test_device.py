@@ -209,7 +209,7 @@ async def world(
 async def test_a_devices_word_reaches_its_gateways_page(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     async with world.device():
         await eventually(lambda: len(world.gateway.tales))
-        seen = GatewayView(world.gateway).look()
+        seen = GatewayView(world.gateway).look().complete()
         assert (seen.value("fleetfed_device_network_bytes_total", "d-0", "sent") or 0) > 0
         assert (seen.value("fleetfed_device_resident_memory_bytes", "d-0") or 0) > 1e7
         assert (seen.value("fleetfed_device_cpu_seconds_total", "d-0") or 0) > 0
@@ -228,7 +228,7 @@ async def test_a_devices_word_reaches_its_gateways_page(world: World, capsys: py
 
 
 def seen_connected(world: World) -> bool:
-    return GatewayView(world.gateway).look().value("fleetfed_device_connected", "d-0") == 1
+    return GatewayView(world.gateway).look().complete().value("fleetfed_device_connected", "d-0") == 1
 
 
 async def test_a_device_that_hangs_is_not_well(world: World, capsys: pytest.CaptureFixture[str]) -> None:
