@@ -190,6 +190,7 @@ class Gateway:
         )
         self._systemd = Notifier()
         self._timer_changed = asyncio.Event()
+        self._deadline: int | None = None
         self._stop = asyncio.Event()
         self._site_up = asyncio.Event()
         self._revoked_raw = self.inbound.load_revocations(state / "revoked.bin")
@@ -313,7 +314,7 @@ class Gateway:
 
     async def _tick(self) -> None:
         while True:
-            deadline = self.machine.next_deadline()
+            self._deadline = deadline = self.machine.next_deadline()
             wait = None if deadline is None else max(0, deadline - unix_ms()) / 1000
             try:
                 async with asyncio.timeout(wait):
@@ -333,7 +334,11 @@ class Gateway:
                 self.tales.forget(event.member)
         else:
             self.performer.feed(event)
-        self._timer_changed.set()
+        self._rearm()
+
+    def _rearm(self) -> None:
+        if self.machine.next_deadline() != self._deadline:
+            self._timer_changed.set()
 
     # --- Connections ---------------------------------------------------------------------------------------------
 
@@ -390,7 +395,9 @@ class Gateway:
 
     async def _on_message(self, topic: str, payload: bytes, retained: bool) -> None:
         self.inbound.receive(topic, payload, live=not retained)
-        self._timer_changed.set()
+        # Before the broker is told that it was handled.
+        await self._pipeline.room()
+        self._rearm()
 
     def _upstream_reborn(self) -> None:
         """The node above started anew, or its connection did: it may have missed what we said."""
