@@ -144,8 +144,12 @@ class EnrolService:
         Raises:
             ConfigError: ``[monitoring] listen`` cannot be listened on.
         """
+        try:
+            monitoring = MonitoringServer(self._settings.monitoring, EnrolView(self))
+        except ConfigError:
+            await self.http.stop()
+            raise
         daily = asyncio.create_task(self._daily(), name="enroll-daily")
-        monitoring = MonitoringServer(self._settings.monitoring, EnrolView(self))
         notifier = Notifier()
         life = asyncio.create_task(beat(notifier), name="enroll-systemd")
         notifier.ready(f"listening on {self._settings.host}:{self.http.port}")

@@ -24,7 +24,7 @@ from fleetfed.cloud_coordinator.privacy.settings import PrivacySettings
 from fleetfed.cloud_coordinator.runtime import Runtime
 from fleetfed.cloud_coordinator.state import State
 from fleetfed.cloud_coordinator.storage.records import RevealResult
-from fleetfed.shared.errors import RejectReason
+from fleetfed.shared.errors import ConfigError, RejectReason
 from fleetfed.shared.monitoring import catalog
 from fleetfed.shared.monitoring.catalog import of_role
 from fleetfed.shared.monitoring.config import CoordinatorMonitoringConfig
@@ -257,6 +257,11 @@ async def test_over_a_broker(
     def obstacle() -> str:
         return str(json.loads((tmp_path / "state" / "status.json").read_text())["obstacle"])
 
+    taken = path.read_text().replace("127.0.0.1:0", f"127.0.0.1:{broker.port}")
+    other = tmp_path / "taken.toml"
+    other.write_text(taken.replace('"state"', '"elsewhere"'))
+    with pytest.raises(ConfigError, match="cannot listen on"):
+        await Runtime(CoordinatorConfig.load(other)).run(asyncio.Event())
     code, why = await healthy()
     assert code == 1
     assert "written when the coordinator starts" in why

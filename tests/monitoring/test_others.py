@@ -32,7 +32,7 @@ from fleetfed.cloud_coordinator.helper import cli
 from fleetfed.cloud_coordinator.helper.config import load
 from fleetfed.cloud_coordinator.helper.runtime import Helper
 from fleetfed.shared.clock import unix_ms
-from fleetfed.shared.errors import RejectReason
+from fleetfed.shared.errors import ConfigError, RejectReason
 from fleetfed.shared.monitoring.catalog import Role, of_role
 from fleetfed.shared.monitoring.config import MonitoringConfig
 from fleetfed.shared.monitoring.samples import Samples
@@ -127,6 +127,32 @@ async def test_the_enrolment_service(tmp_path: Path, ports: list[int]) -> None:
         stop.set()
         await running
         bench.enroller.close()
+
+
+async def test_whose_port_is_taken_does_not_start(embedded_broker: Callable[..., Embedded], tmp_path: Path) -> None:
+    broker = embedded_broker(tls=False)
+    taken = f'[monitoring]\nlisten = "127.0.0.1:{broker.port}"\n'
+    rest = f'{taken}[broker]\nhost = "127.0.0.1"\nport = {broker.port}\ntls = false\n'
+    fleet = SignedFleet(now=unix_ms())
+    for name, role, site, module in (
+        ("helper", certificates.Role.HELPER, "_", "fleetfed.cloud_coordinator.helper"),
+        ("gateway", certificates.Role.GATEWAY, "north", "fleetfed.gateway"),
+    ):
+        fleet.identity(f"x-{name}", role, site).save(tmp_path / name)
+        path = tmp_path / f"{name}.toml"
+        path.write_text(f'identity = "{name}"\nstate = "state-{name}"\n{rest}')
+        process = [sys.executable, "-m", module, "run", "--config", str(path)]
+        made = await asyncio.create_subprocess_exec(*process, stderr=asyncio.subprocess.PIPE)
+        _, errors = await made.communicate()
+        assert made.returncode == 2
+        assert f"cannot listen on 127.0.0.1:{broker.port}" in errors.decode()
+    bench = Bench(tmp_path / "enrol")
+    settings = dataclasses.replace(bench.settings, monitoring=MonitoringConfig(listen=f"127.0.0.1:{broker.port}"))
+    service = EnrolService(bench.enroller, settings)
+    await service.start()
+    with pytest.raises(ConfigError, match="cannot listen on"):
+        await service.run(asyncio.Event())
+    bench.enroller.close()
 
 
 def test_a_service_that_writes_no_lists_says_so(tmp_path: Path) -> None:
