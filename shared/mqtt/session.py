@@ -38,6 +38,7 @@ from fleetfed.shared.mqtt.errors import PublishRefusedError, SessionLostError, S
 from fleetfed.shared.mqtt.link import Incoming, Link, LinkError
 from fleetfed.shared.mqtt.meter import ByteMeter
 from fleetfed.shared.mqtt.tls import client_context
+from fleetfed.shared.mqtt.unsaved import Unsaved
 from fleetfed.shared.mqtt.versions import VersionChoice
 
 _log = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ class Session:
         self._paused = False
         self._calls = 0
         self._greeted: Link | None = None
+        self._unsaved = Unsaved()
 
     async def run(self) -> None:
         """Stay connected until cancelled; then close in good order, so that no will is sent.
@@ -187,6 +189,8 @@ class Session:
         try:
             with self._call() as link:
                 await link.publish_confirmed(topic, payload, qos=qos, retain=retain)
+                if retain:
+                    self._unsaved.confirmed(topic, payload, qos, time.monotonic())
         except PublishRefusedError:
             self._refused += 1
             raise
@@ -299,6 +303,7 @@ class Session:
             await self._drop_unwanted(link)
             await link.subscribe_all(self._subscriptions)
             _heed_cancellation()
+            await self._say_again(link)
             self._link = link
             self._connects += 1
             self._online.set()
@@ -315,11 +320,20 @@ class Session:
             self._online.clear()
             self._paused = False
             await link.shut()
-        lasted = time.monotonic() - began
+        ended = time.monotonic()
+        self._unsaved.lost(ended)
+        lasted = ended - began
         self._backoff.connected_for(lasted)
         _log.info("%s: lost %s:%d: %s", *self._name(), reason)
         self._push(_Lost(link, reason))
         return self._addresses.lost(lasted)
+
+    async def _say_again(self, link: Link) -> None:
+        """Before anything new: a broker that was killed may have forgotten it."""
+        for topic, payload, qos in self._unsaved.doubtful():
+            with contextlib.suppress(PublishRefusedError):
+                await link.publish_confirmed(topic, payload, qos=qos, retain=True)
+            self._unsaved.confirmed(topic, payload, qos, time.monotonic())
 
     def _name(self) -> tuple[str, str, int]:
         return self.config.client_id, self.config.host, self.config.port

@@ -31,7 +31,8 @@ def test_2_1_loads_the_acl_as_a_plugin_where_it_is_installed(monkeypatch: pytest
 def test_persistence_saves_often_or_not_at_all(tmp_path: Path) -> None:
     assert "persistence false" in render_config(BrokerConfig(port=1)).splitlines()
     lines = render_config(BrokerConfig(port=1, persistence_dir=tmp_path)).splitlines()
-    assert "autosave_on_changes true" in lines
+    assert "autosave_on_changes false" in lines
+    assert "autosave_interval 2" in lines
     assert f"persistence_location {tmp_path}/" in lines
 
 
