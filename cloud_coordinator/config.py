@@ -262,12 +262,16 @@ class StorageConfig:
 
     Attributes:
         database: an SQLAlchemy URL; by default SQLite in the state folder.
+        blobs: a bucket that keeps what ``state/blobs`` has, too, such as ``s3://bucket/fleet``; for this fleet alone.
+        blobs_options: a JSON file of what fsspec needs for it, such as ``{"key": …, "secret": …}``.
         keep_versions: model files kept for rollback, newest first.
         keep_rounds: rounds whose messages are kept.
         full_every: versions between two whole files on the broker; a patch is published every version.
     """
 
     database: Annotated[str, Length(0, 1000)] = ""
+    blobs: Annotated[str, Length(0, 1000)] = ""
+    blobs_options: Path | None = None
     keep_versions: Annotated[int, Range(2, 100_000)] = 50
     keep_rounds: Annotated[int, Range(1, 100_000)] = 100
     full_every: Annotated[int, Range(1, limits.MAX_PATCH_CHAIN)] = 10

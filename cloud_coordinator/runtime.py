@@ -23,7 +23,7 @@ from fleetfed.cloud_coordinator.inbox import Inbox
 from fleetfed.cloud_coordinator.monitoring import CoordinatorView
 from fleetfed.cloud_coordinator.publish import Outgoing
 from fleetfed.cloud_coordinator.service import Coordinator
-from fleetfed.cloud_coordinator.storage.blobstore import BlobStore
+from fleetfed.cloud_coordinator.storage.objectstore import open_blobs
 from fleetfed.cloud_coordinator.storage.store import Store
 from fleetfed.shared import health
 from fleetfed.shared.clock import unix_ms
@@ -143,7 +143,7 @@ class Runtime:
         self._open(config)
 
     def _open(self, config: CoordinatorConfig) -> None:
-        blobs = BlobStore(config.state / "blobs")
+        blobs = open_blobs(config.state / "blobs", config.storage.blobs, config.storage.blobs_options)
         self._store = Store(config.database_url, blobs)
         try:
             self._coordinator = Coordinator(
