@@ -1,8 +1,8 @@
 """A fleet's access list as NATS users: whoever shows a certificate with a known subject, and what it may do.
 
 NATS maps ``/`` to ``.``, ``+`` to ``*`` and ``#`` to ``>``, and takes the subject of the client's certificate as its
-name (``verify_and_map``). It keeps messages of quality 1 in a stream of its own and hands them out under names below
-``$MQTT.sub``, to which every client may listen: the names are random, and one that is not told cannot guess another's.
+name (``verify_and_map``). It hands out messages of quality 1 under names below ``$MQTT.sub``, to which every client
+needs the right. An MQTT client cannot listen there of its own accord, and nobody here may speak anything else.
 
 A user must be in the file before it connects, so every member has to be listed: there is no "any certified device", and
 the patterns for it are left out.
@@ -36,7 +36,7 @@ def render_users(inventory: Inventory) -> str:
             raise ConfigError("who is shut out has no user at all: the access list must not deny")
         publish, subscribe = _subjects(rules, Access.WRITE), _subjects(rules, Access.READ)
         lines += [
-            f"  {{ user = {json.dumps(subjects[name])}, permissions = {{",
+            f'  {{ user = {json.dumps(subjects[name])}, allowed_connection_types = ["MQTT"], permissions = {{',
             f"    publish = {json.dumps(publish)},",
             f"    subscribe = {json.dumps([*subscribe, _DELIVERY])} }} }}",
         ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import paho.mqtt.client as paho
 import pytest
 from fleetfed_testing.engines import Nats, RabbitMq
 from fleetfed_testing.local_fleet import LocalFleet, prepared
-from fleetfed_testing.waiting import PATIENCE
+from fleetfed_testing.waiting import PATIENCE, eventually
 from paho.mqtt.enums import CallbackAPIVersion
 
 from fleetfed.cloud_coordinator.demo.layout import COORDINATOR
@@ -33,6 +34,8 @@ async def fleet(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     async with prepared(tmp_path, devices=2, engine=request.param()) as fleet:
         fleet.lay_out()
         await fleet.start_broker()
+        # A cluster that elects its leaders listens already, and refuses.
+        await eventually(lambda: comes_in(fleet, "d-02"))
         yield fleet
 
 
@@ -61,7 +64,7 @@ def tls_of(fleet: LocalFleet, name: str) -> ssl.SSLContext:
     return client_context(TlsFiles(folder / "ca.pem", folder / "cert.pem", folder / "key.pem"))
 
 
-@contextmanager
+@contextlib.contextmanager
 def connected(fleet: LocalFleet, name: str, **changes: Any) -> Iterator[Seen]:
     """Connected with a member's certificate, or whatever else ``changes`` say."""
     client = paho.Client(
@@ -132,29 +135,52 @@ async def test_nobody_comes_in_without_a_certificate_of_the_fleet(fleet: LocalFl
 
 
 async def test_a_name_given_beside_the_certificate_counts_for_nothing(fleet: LocalFleet) -> None:
-    with connected(fleet, "d-01", username=COORDINATOR) as sly:
-        assert not sly.listen("ff1/demo/_/g/+/up/state")
+    assert not listens_as(fleet, "d-01", "ff1/demo/_/g/+/up/state", username=COORDINATOR)
 
 
-async def test_whose_session_a_client_id_opens(fleet: LocalFleet) -> None:
-    """RabbitMQ binds it to the certificate; NATS does not, and the documentation says what that means."""
+async def test_the_client_id_of_another_brings_nothing_of_its_session(fleet: LocalFleet) -> None:
     with connected(fleet, "d-01") as device:
         assert device.listen(f"{OWN}/dn/+")
     with connected(fleet, "g-north") as gateway:
+        assert gateway.listen("ff1/demo/_/b/plan")
         gateway.say(f"{OWN}/dn/receipt", b"for d-01")
-    if isinstance(fleet.engine, RabbitMq):
-        assert not listens_as(fleet, "d-02", "d-01", f"{OTHER}/dn/+")
-        with connected(fleet, "d-01") as device:
-            assert device.hear() == (f"{OWN}/dn/receipt", b"for d-01")
-    else:
-        with connected(fleet, "d-02", client_id="d-01") as thief:
-            assert thief.hear() == (f"{OWN}/dn/receipt", b"for d-01")
+    # RabbitMQ closes the connection; NATS leaves out what the thief may not hear.
+    with contextlib.suppress(ConnectionRefusedError), connected(fleet, "d-02", client_id="d-01") as thief:
+        thief.listen(f"{OTHER}/dn/+")
+        assert thief.messages.empty()
+    with connected(fleet, "d-01") as device:
+        assert device.hear() == (f"{OWN}/dn/receipt", b"for d-01")
 
 
-def listens_as(fleet: LocalFleet, name: str, client_id: str, topic: str) -> bool:
-    """Whether a member may listen under the client id of another."""
+async def test_a_member_cannot_go_round_mqtt(tmp_path: Path) -> None:
+    """NATS hands out everybody's messages under names that its own protocol could listen to."""
+    engine = Nats()
+    async with prepared(tmp_path, devices=2, engine=engine) as fleet:
+        fleet.lay_out()
+        await fleet.start_broker()
+        await eventually(lambda: comes_in(fleet, "d-02"))
+        with connected(fleet, "d-01") as sly:
+            assert not sly.listen("$MQTT/sub/#")
+        with socket.create_connection(("127.0.0.1", engine.plain_nats[0]), timeout=PATIENCE) as plain:
+            assert plain.recv(4096).startswith(b"INFO ")
+            with tls_of(fleet, "d-01").wrap_socket(plain, server_hostname="127.0.0.1") as secure:
+                secure.sendall(b'CONNECT {"verbose":false,"pedantic":false}\r\nSUB $MQTT.sub.> 1\r\nPING\r\n')
+                assert b"-ERR 'Authorization Violation'" in secure.recv(4096)
+
+
+def comes_in(fleet: LocalFleet, name: str) -> bool:
+    """Whether a member gets a connection."""
     try:
-        with connected(fleet, name, client_id=client_id) as thief:
-            return thief.listen(topic)
+        with connected(fleet, name):
+            return True
+    except ConnectionRefusedError:
+        return False
+
+
+def listens_as(fleet: LocalFleet, name: str, topic: str, **changes: Any) -> bool:
+    """Whether a member that gives itself out as another may listen."""
+    try:
+        with connected(fleet, name, **changes) as sly:
+            return sly.listen(topic)
     except ConnectionRefusedError:
         return False

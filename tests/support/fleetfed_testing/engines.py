@@ -127,7 +127,7 @@ class Nats:
         self._server = find("usr/sbin/nats-server", "nats-server")
         self.names = [f"n{number + 1}" for number in range(nodes)]
         self.ports = [free_port() for _ in self.names]
-        self._clients = [free_port() for _ in self.names]
+        self.plain_nats = [free_port() for _ in self.names]
         self._routes = [free_port() for _ in self.names]
 
     def lay_out(self, folder: Path, keyring: Keyring) -> None:
@@ -152,7 +152,7 @@ class Nats:
         environment = {
             "NODE": name,
             "MQTT_LISTEN": f"127.0.0.1:{self.ports[at]}",
-            "CLIENT_LISTEN": f"127.0.0.1:{self._clients[at]}",
+            "CLIENT_LISTEN": f"127.0.0.1:{self.plain_nats[at]}",
             "ROUTE_LISTEN": f"127.0.0.1:{self._routes[at]}",
             "ROUTES": json.dumps(routes),
             "STORE": str(self._folder / name),
