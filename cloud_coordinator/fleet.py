@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,6 +28,8 @@ class Fleet:
     def __init__(self) -> None:
         self.presences: dict[str, Presence] = {}
         self.censuses: dict[str, Census] = {}
+        self._serials: dict[str, int] = {}
+        self._expelled: set[str] = set()
 
     def presence(self, gateway: str, presence: Presence | None) -> bool:
         """Take a gateway's presence, None for a cleared one; return whether anything changed."""
@@ -43,17 +45,39 @@ class Fleet:
         self.presences[gateway] = presence
         return True
 
-    def census(self, gateway: str, census: Census) -> bool:
-        """Take a gateway's verified census; return whether anything changed."""
+    def census(self, gateway: str, census: Census, serial: int = 0) -> bool:
+        """Take a gateway's verified census, and its certificate's serial; return whether anything changed."""
+        self._expelled.discard(gateway)
         if self.censuses.get(gateway) == census:
             return False
         if gateway not in self.censuses and len(self.censuses) >= MAX_GATEWAYS:
             return False
         self.censuses[gateway] = census
+        self._serials[gateway] = serial
+        return True
+
+    def revoke(self, serials: Container[int]) -> bool:
+        """Expel the gateways of revoked certificates; return whether anything changed."""
+        revoked = [gateway for gateway, serial in self._serials.items() if serial in serials]
+        expelled = [self.expel(gateway) for gateway in revoked]
+        return any(expelled)
+
+    def expel(self, gateway: str) -> bool:
+        """Forget a gateway whose certificate was revoked; return whether anything changed.
+
+        The broker refuses its words by then, its last among them: what it retained says for ever that it is ready.
+        """
+        self._serials.pop(gateway, None)
+        known = self.censuses.pop(gateway, None) is not None or gateway in self.presences
+        if not known or gateway in self._expelled:
+            return False
+        self._expelled.add(gateway)
         return True
 
     def life(self, gateway: str) -> Life:
-        """A gateway's state; lost where it never said anything."""
+        """A gateway's state; lost where it never said anything, disconnected where it was revoked."""
+        if gateway in self._expelled:
+            return Life.DISCONNECTED
         presence = self.presences.get(gateway)
         return Life.LOST if presence is None else presence.life
 

@@ -127,12 +127,18 @@ class Inbox:
         if not payload:
             return
         coordinator = self._coordinator
-        census, _, certificate = coordinator.verifier.open(
-            payload, Census, kind=MessageKind.CENSUS, now=coordinator.clock(), sender=gateway
-        )
+        try:
+            census, _, certificate = coordinator.verifier.open(
+                payload, Census, kind=MessageKind.CENSUS, now=coordinator.clock(), sender=gateway
+            )
+        except RemoteProtocolError as error:
+            # What it retained before it was revoked, at every start of ours.
+            if error.reason is RejectReason.REVOKED and coordinator.fleet.expel(gateway):
+                coordinator.fleet_changed()
+            raise
         if census.site != certificate.site:
             raise RemoteProtocolError(RejectReason.WRONG_SITE, f"{gateway} counts {census.site}")
-        if coordinator.fleet.census(gateway, census):
+        if coordinator.fleet.census(gateway, census, certificate.serial):
             coordinator.fleet_changed()
 
     async def _chunk(self, gateway: str, verb: Verb, frame: bytes) -> None:

@@ -288,6 +288,8 @@ class Control:
             coordinator.verifier.revoke(revocations, by=by)
             coordinator.store.put_document(REVOCATIONS, message)
             coordinator.publisher.revocations()
+            if coordinator.fleet.revoke(frozenset(coordinator.verifier.revocations.serials)):
+                coordinator.fleet_changed()
             return {"version": revocations.version, "revoked": len(revocations.serials)}
 
         return apply

@@ -172,17 +172,20 @@ async def test_more_than_the_cohort_are_left_out(round_: Open) -> None:
     assert reasons(commit) == ["cohort_full"] * 2
 
 
-async def test_a_device_revoked_between_ingest_and_commit_is_left_out(round_: Open) -> None:
-    heads = [update.message.head.encode() for update in round_.updates(round_.north)]
-    serial = round_.world.fleet.identities["b"].certificate.serial
+async def _revoke(round_: Open, name: str) -> None:
+    from fleetfed.shared.wire.messages import Command
+
+    serial = round_.world.fleet.identities[name].certificate.serial
     authority = round_.world.fleet.signer(Role.AUTHORITY, "authority", "_")
     signed = authority.sign(
         MessageKind.REVOCATIONS, Revocations(version=1, serials=(serial,)), now=round_.world.clock.now
     )
-    from fleetfed.shared.wire.messages import Command
+    assert (await round_.world.ask(Command.KEYS_REVOKE, revocations=signed.encode())).error == ""
 
-    answer = await round_.world.ask(Command.KEYS_REVOKE, revocations=signed.encode())
-    assert answer.error == ""
+
+async def test_a_device_revoked_between_ingest_and_commit_is_left_out(round_: Open) -> None:
+    heads = [update.message.head.encode() for update in round_.updates(round_.north)]
+    await _revoke(round_, "b")
     commit = await round_.propose(round_.north, heads)
     assert len(commit.members) == 2 * 16
     assert reasons(commit) == ["revoked"]
@@ -344,6 +347,23 @@ async def test_no_round_is_opened_for_a_gateway_whose_bridge_is_down(round_: Ope
     assert fleet.fleet.gateways == {"south"}, "an old word that the broker kept"
     await world.hear("north", Verb.LINK, b"1")
     assert fleet.fleet.gateways == {"north", "south"}
+
+
+async def test_a_revoked_gateway_is_neither_waited_for_nor_counted(round_: Open) -> None:
+    world = round_.world
+    assert world.coordinator.machine.round is not None
+    retained = round_.north.presence(), round_.north.census(now=world.clock.now)
+    await _revoke(round_, "north")
+    for _ in range(2):
+        assert world.coordinator.machine.fleet.gateways == {"south"}
+        assert world.coordinator.machine.fleet.devices == len(round_.south.devices)
+        # Its open round is the others' alone.
+        assert "north" in world.coordinator.machine.fleet.stopped
+        # The broker refuses its last word, so that this is what it goes on retaining.
+        await world.restart()
+        await world.join(round_.south)
+        await world.hear("north", Verb.STATE, retained[0])
+        await world.hear("north", Verb.CENSUS, retained[1])
 
 
 async def test_a_bridge_says_three_words(round_: Open) -> None:
