@@ -2,20 +2,23 @@
 
 import math
 import os
+import shutil
+import subprocess
 import time
 
 import pytest
 from fleetfed_testing.scraping import parsed
 
+from fleetfed.shared.monitoring import facts
 from fleetfed.shared.monitoring.catalog import CATALOG, Kind, Role, of_role
 from fleetfed.shared.monitoring.exporter import render
 from fleetfed.shared.monitoring.process import process
 from fleetfed.shared.monitoring.samples import Histogram, Samples
 
 
-@pytest.mark.parametrize("role", Role)
-def test_everything_in_the_catalog_can_be_read_back(role: Role) -> None:
-    samples = Samples(role)
+def page(role: Role) -> tuple[dict[str, float], bytes]:
+    """Every metric of a role with some value, and what is rendered of it."""
+    samples, values = Samples(role), {}
     for number, (name, metric) in enumerate(of_role(role).items()):
         if metric.kind is Kind.HISTOGRAM:
             histogram = Histogram(name)
@@ -23,10 +26,24 @@ def test_everything_in_the_catalog_can_be_read_back(role: Role) -> None:
             histogram.observe(1e9)
             samples.histogram(histogram)
         else:
-            samples.set(name, number + 0.5, *metric.labels)
-    read = parsed(render(samples).decode())
+            values[name] = number + 0.5
+            samples.set(name, values[name], *metric.labels)
+    return values, render(samples)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (Debian package prometheus)")
+@pytest.mark.parametrize("role", Role)
+def test_prometheus_own_tool_finds_nothing_wrong(role: Role) -> None:
+    done = subprocess.run(["promtool", "check", "metrics"], input=page(role)[1], capture_output=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("role", Role)
+def test_everything_in_the_catalog_can_be_read_back(role: Role) -> None:
+    values, rendered = page(role)
+    read = parsed(rendered.decode())
     assert list(read.kinds) == list(of_role(role))
-    for number, (name, metric) in enumerate(of_role(role).items()):
+    for name, metric in of_role(role).items():
         assert read.kinds[name] == metric.kind
         assert read.helps[name] == CATALOG[name].help
         if metric.kind is Kind.HISTOGRAM:
@@ -36,7 +53,7 @@ def test_everything_in_the_catalog_can_be_read_back(role: Role) -> None:
             assert read.value(f"{name}_bucket", le="0.5") == 1
             assert read.value(f"{name}_bucket", le="+Inf") == 2
         else:
-            assert read.value(name, **{label: label for label in metric.labels}) == number + 0.5
+            assert read.value(name, **{label: label for label in metric.labels}) == values[name]
 
 
 @pytest.mark.parametrize("label", ['a"b', "a\\b", "a\nb", "a\\nb", "größe", "", "a,b=c}"])
@@ -69,6 +86,16 @@ def test_what_is_not_in_the_catalog_cannot_be_exposed() -> None:
         samples.set("fleetfed_privacy_epsilon", 1)
     with pytest.raises(AssertionError, match="fleetfed_rejected_total"):
         samples.set("fleetfed_rejected_total", 1, "late")
+
+
+def test_what_a_trust_keeper_says() -> None:
+    samples = Samples(Role.HELPER)
+    facts.trust(samples, {})
+    assert not list(samples.metrics())
+    facts.trust(samples, {"expiries": {"root": 2000}, "versions": {"root": 3}, "stale": True, "warnings": []})
+    assert samples.value("fleetfed_trust_expiry_timestamp_seconds", "root") == 2
+    assert samples.value("fleetfed_trust_version", "root") == 3
+    assert samples.value("fleetfed_trust_stale") == 1
 
 
 def test_the_process_as_the_kernel_sees_it() -> None:

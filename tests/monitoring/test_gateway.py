@@ -22,6 +22,7 @@ from fleetfed.gateway.runtime import Gateway
 from fleetfed.gateway.telemetry import Tales
 from fleetfed.shared.clock import unix_ms
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
+from fleetfed.shared.monitoring import catalog
 from fleetfed.shared.monitoring.catalog import of_role
 from fleetfed.shared.monitoring.failures import MODES
 from fleetfed.shared.monitoring.server import MonitoringServer
@@ -127,6 +128,8 @@ async def test_what_devices_tell_is_on_the_gateways_page(world: World) -> None:
     assert seen.value("fleetfed_device_reasons_total", device="d-0", reason="bad_signature", failure="poisoning") == 2
     assert seen.value("fleetfed_device_participations_left", device="d-0") == 6
     assert seen.value("fleetfed_device_connected", device="d-0") == 1
+    shown = {name for name in of_role(catalog.Role.GATEWAY) if name.startswith("fleetfed_device_")}
+    assert shown <= seen.kinds.keys()
     # Two have series of their own; the counters of the others are one.
     assert seen.value("fleetfed_device_network_bytes_total", device="other", direction="sent") == 2000
     assert seen.labelled("fleetfed_device_resident_memory_bytes", "device") == {"d-0", "d-1"}
