@@ -32,6 +32,10 @@ dev: $(VENV)/.dev ## Set up .venv for work on the code
 test: $(VENV)/.dev ## Run the default tests
 	$(BIN)/python -m pytest $(PARALLEL)
 
+.PHONY: brokers
+brokers: ## Unpack RabbitMQ and NATS, which the slow tests skip otherwise, into .brokers (Debian)
+	tests/brokers/install.sh
+
 .PHONY: test-all
 test-all: $(VENV)/.dev ## Run the default, the slow and the container tests
 	$(BIN)/python -m pytest $(PARALLEL) -m "not tensorflow and not docker"

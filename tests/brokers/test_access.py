@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import queue
 import socket
@@ -150,6 +151,15 @@ async def test_the_client_id_of_another_brings_nothing_of_its_session(fleet: Loc
         assert thief.messages.empty()
     with connected(fleet, "d-01") as device:
         assert device.hear() == (f"{OWN}/dn/receipt", b"for d-01")
+
+
+async def test_who_is_revoked_is_thrown_out(fleet: LocalFleet) -> None:
+    assert isinstance(fleet.engine, RabbitMq | Nats)
+    with connected(fleet, "d-01") as gone, connected(fleet, "d-02") as other:
+        await asyncio.to_thread(fleet.engine.throw_out, fleet, "d-01")
+        assert gone.grants.get(timeout=PATIENCE) is False, "its connection is closed"
+        assert other.listen(f"{OTHER}/dn/+"), "and nobody else's"
+    assert not comes_in(fleet, "d-01")
 
 
 async def test_a_member_cannot_go_round_mqtt(tmp_path: Path) -> None:

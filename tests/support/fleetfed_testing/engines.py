@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Final
@@ -97,7 +98,11 @@ class RabbitMq:
             command = (self._epmd, "-port", str(self._epmd_port), "-address", "127.0.0.1")
             await fleet.fleet.supervisor.start("epmd", command)
             await listening(fleet, "epmd", self._epmd_port)
-        environment = {
+        await fleet.fleet.supervisor.start(name, (self._server,), environment=self._environment())
+        await listening(fleet, name, self.ports[0])
+
+    def _environment(self) -> dict[str, str]:
+        return {
             "PATH": os.pathsep.join((str(Path(self._erl).parent), os.environ.get("PATH", ""))),
             "HOME": str(self._folder),
             "ERL_EPMD_PORT": str(self._epmd_port),
@@ -112,8 +117,14 @@ class RabbitMq:
             "RABBITMQ_ALLOW_INPUT": "1",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-noinput",
         }
-        await fleet.fleet.supervisor.start(name, (self._server,), environment=environment)
-        await listening(fleet, name, self.ports[0])
+
+    def throw_out(self, fleet: LocalFleet, name: str) -> None:
+        """Take a member's rights away, as the documentation says."""
+        del fleet
+        control = Path(self._server).with_name("rabbitmqctl")
+        environment = {**os.environ, **self._environment()}
+        for command in (("delete_user", name), ("close_all_user_connections", name, "revoked")):
+            subprocess.run([control, *command], env=environment, check=True, capture_output=True)
 
     def forget(self) -> None:
         """What the disk held is gone."""
@@ -160,6 +171,14 @@ class Nats:
         command = (self._server, "-c", str(self._folder / "nats.conf"))
         await fleet.fleet.supervisor.start(name, command, environment=environment)
         await listening(fleet, name, self.ports[at])
+
+    def throw_out(self, fleet: LocalFleet, name: str) -> None:
+        """Take a member's rights away, as the documentation says."""
+        path = self._folder / "users.conf"
+        kept = path.read_text().split("  { user = ")
+        path.write_text("  { user = ".join(part for part in kept if not part.startswith(f'"CN={name},')))
+        for node in self.names:
+            os.kill(fleet.fleet.supervisor.pid(node), signal.SIGHUP)
 
     def forget(self) -> None:
         """What the disks held is gone."""
