@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import pytest
-from fleetfed_testing.brokers import Mosquitto, RunningBroker, free_port
+from fleetfed_testing.brokers import Embedded, Mosquitto, RunningBroker, free_port
 from fleetfed_testing.proxies import LegacyProxy, Proxy, RawBroker, publish_packet
 from fleetfed_testing.waiting import PATIENCE, wait_until
 
@@ -113,6 +113,18 @@ def test_round_trip_has_no_hidden_delay(any_broker: RunningBroker, device: MakeD
         one.collect(1)
         times.append(time.perf_counter() - began)
     assert sorted(times)[15] < 0.02
+
+
+def test_the_next_node_is_taken_where_one_is_gone(embedded_broker: Callable[..., Embedded], device: MakeDevice) -> None:
+    nodes = [embedded_broker(), embedded_broker()]
+    others = tuple(f"127.0.0.1:{node.port}" for node in nodes)
+    one = device(nodes[0].config("d-1", port=free_port(), others=others), "news")
+    (here,) = [node for node in nodes if node.port == one.session.config.port]
+    here.stop()
+    one.get(Disconnected)
+    one.get(Connected)
+    assert one.session.config.port == next(node.port for node in nodes if node is not here)
+    assert one.confirmed(one.session.publish("news", b"still here")) is None
 
 
 def test_qos_0_is_done_when_it_left(any_broker: RunningBroker, device: MakeDevice) -> None:

@@ -383,6 +383,21 @@ async def test_it_serves_its_site_while_the_cloud_is_away_and_catches_up(
         assert codec.decode(Proposal, body, limit=len(body)).heads == (update.head.encode(),)
 
 
+async def test_a_coordinator_that_begins_to_listen_hears_again_what_was_retained(site: Site) -> None:
+    """Not every broker hands that out to who listens with a wildcard: whoever is born live is told anew."""
+    await site.device("d-0")
+    gateway = site.gateway("g-north", "north")
+    await site.start(gateway.run())
+    census, state = (site.up.up(Kind.GATEWAY, "g-north", verb) for verb in (Verb.CENSUS, Verb.STATE))
+    witness = await site.peer("c-main", [census, state])
+    await eventually(lambda: witness.heard[census] and witness.heard[state])
+    before = len(witness.heard[census]), len(witness.heard[state])
+    birth = codec.encode(Presence(life=Life.READY, session=7, since=unix_ms()))
+    await witness.session.publish(site.up.broadcast(Broadcast.NODE), birth)
+    await eventually(lambda: len(witness.heard[census]) > before[0] and len(witness.heard[state]) > before[1])
+    assert codec.decode(Presence, witness.heard[state][-1], limit=500).life is Life.READY
+
+
 async def test_a_chunk_that_the_broker_lost_is_published_again_on_need(site: Site) -> None:
     fleet, north = site.fleet, SiteTopics("demo", "north")
     coordinator = await site.coordinator()

@@ -222,6 +222,22 @@ async def test_a_refusal_says_why_and_changes_nothing(
     assert "below_minimum 1" in capsys.readouterr().out
 
 
+async def test_a_coordinator_that_begins_to_listen_hears_again_what_was_retained(
+    world: tuple[Coordinator, Path],
+) -> None:
+    """Not every broker hands that out to who listens with a wildcard."""
+    coordinator, config = world
+    async with inside(config):
+        await coordinator.key()
+        await coordinator.sees(Life.READY)
+        states = CLOUD.up(Kind.HELPER, NAME, Verb.STATE)
+        keys, said = len(await coordinator.hears(Verb.KEY)), len(coordinator.heard[states])
+        birth = codec.encode(Presence(life=Life.READY, session=7, since=unix_ms()))
+        await coordinator.session.publish(CLOUD.broadcast(Broadcast.NODE), birth)
+        await coordinator.hears(Verb.KEY, keys + 1)
+        await coordinator.hears(Verb.STATE, said + 1)
+
+
 async def test_revocations_are_heard_and_kept(world: tuple[Coordinator, Path]) -> None:
     coordinator, config = world
     fleet = coordinator.fleet

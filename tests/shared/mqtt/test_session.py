@@ -167,6 +167,21 @@ async def test_offline_messages_come_after_reconnect(
         assert one.connects == [False, True]
 
 
+async def test_the_next_node_is_taken_where_one_is_gone(
+    embedded_broker: Callable[..., Embedded], peer: MakePeer
+) -> None:
+    nodes = [embedded_broker(), embedded_broker()]
+    others = tuple(f"127.0.0.1:{port}" for port in (nodes[0].port, nodes[1].port))
+    one = await peer(nodes[0].config("d-1", port=free_port(), others=others), "news")
+    first = one.session.config.port
+    (here,) = [node for node in nodes if node.port == first]
+    here.stop()
+    await one.until(lambda: len(one.connects) == 2)
+    assert one.session.config.port == next(node.port for node in nodes if node is not here)
+    await one.session.publish("news", b"still here")
+    await one.until(lambda: one.payloads == [b"still here"])
+
+
 async def test_events_alternate_and_precede_their_messages(any_broker: RunningBroker, peer: MakePeer) -> None:
     with Proxy(any_broker.port) as proxy:
         one = await peer(any_broker.config("d-1", port=proxy.port), "plan")
