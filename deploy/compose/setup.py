@@ -31,7 +31,8 @@ DEVICES = 3
 COMPOSE, ROOT = Path("/compose"), Path("/fleet")
 SEEN_AT = Path("/etc/fleetfed")
 """Where a container finds what is its own folder here."""
-FLEETFED, MOSQUITTO, POSTGRES = 10001, 1883, 999
+FLEETFED, MOSQUITTO = 10001, 1883
+OTHERS = {"db": 999, "grafana": 472, "keys": 0}
 """The images' accounts."""
 
 
@@ -47,9 +48,9 @@ def main() -> None:
         for number in range(1, DEVICES + 1):
             give(keyring, f"d-{site}-{number}", f"{site}-device-{number}", "device.toml")
     model_and_data()
-    password()
+    passwords()
     for folder in ROOT.iterdir():
-        owner = {"db": POSTGRES, "keys": 0}.get(folder.name, MOSQUITTO if "broker" in folder.name else FLEETFED)
+        owner = OTHERS.get(folder.name, MOSQUITTO if "broker" in folder.name else FLEETFED)
         hand_over(folder, owner)
 
 
@@ -136,12 +137,14 @@ def save(path: Path, x: np.ndarray, y: np.ndarray) -> None:
         np.savez(path, x=x, y=y)
 
 
-def password() -> None:
-    """PostgreSQL's password, in the two forms that it and its client read."""
-    path = ROOT / "db" / "password"
-    if not path.exists():
-        path.write_text(secrets.token_urlsafe(32))
-    (ROOT / "coordinator" / "pgpass").write_text(f"postgres:5432:fleetfed:fleetfed:{path.read_text()}\n")
+def passwords() -> None:
+    """Grafana's password, and PostgreSQL's in the two forms that it and its client read."""
+    for folder in ("db", "grafana"):
+        path = ROOT / folder / "password"
+        if not path.exists():
+            path.write_text(secrets.token_urlsafe(32))
+    known = (ROOT / "db" / "password").read_text()
+    (ROOT / "coordinator" / "pgpass").write_text(f"postgres:5432:fleetfed:fleetfed:{known}\n")
 
 
 def copy(source: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 from urllib.parse import quote
 from urllib.request import urlopen
 
@@ -53,13 +54,21 @@ def test_prometheus_sees_coordinator_and_gateways(composed: Composed) -> None:
     up = {"coordinator:9464", "north-gateway:9465", "south-gateway:9465"}
     composed.until("three targets", lambda: answered(composed, 'up{job="fleetfed"} == 1') == up)
     composed.until("samples", lambda: answered(composed, 'fleetfed_rounds_total{job="fleetfed"} > 0'))
+    groups = asked(composed, "rules")["groups"]
+    assert groups
+    assert all(rule["health"] in {"ok", "unknown"} for group in groups for rule in group["rules"])
 
 
 def answered(composed: Composed, query: str) -> set[str]:
-    """Which instances a query finds, asked at the port that is published."""
+    """Which instances a query finds."""
+    return {row["metric"]["instance"] for row in asked(composed, f"query?query={quote(query)}")["result"]}
+
+
+def asked(composed: Composed, path: str) -> Any:
+    """What Prometheus answers at the port that is published."""
     port = composed.inspect("prometheus")["NetworkSettings"]["Ports"]["9090/tcp"][0]["HostPort"]
-    with urlopen(f"http://127.0.0.1:{port}/api/v1/query?query={quote(query)}", timeout=10) as answer:
-        return {row["metric"]["instance"] for row in json.load(answer)["data"]["result"]}
+    with urlopen(f"http://127.0.0.1:{port}/api/v1/{path}", timeout=10) as answer:
+        return json.load(answer)["data"]
 
 
 def test_setting_up_again_changes_no_identity(composed: Composed) -> None:
