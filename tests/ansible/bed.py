@@ -280,6 +280,7 @@ class Bed:
             "brokers": group(hub),
             "coordinators": group(hub),
             "gateways": group(host(GATEWAY, gateway_site=SITE)),
+            "monitoring": group(hub),
             "devices": group(
                 *(
                     host(
@@ -314,6 +315,10 @@ class Bed:
                     "training": {"learning_rate": 0.05},
                 },
             },
+            "coordinator_metrics": "0.0.0.0:9464",
+            "gateway_metrics": "0.0.0.0:9465",
+            "enroller_metrics": "0.0.0.0:9467",
+            "monitoring_alerts": str(ROOT / "deploy" / "monitoring" / "alerts.yml"),
             "device_settings": {"data": {"scale": 0.0625}},
         }  # fmt: skip
         (folder / "group_vars" / "all" / "fleet.json").write_text(json.dumps(variables, indent=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -151,6 +152,20 @@ def test_what_the_vault_holds_is_in_one_file_and_in_no_output(bed: Bed) -> None:
     for log in bed.folder.glob("*.log"):
         assert SECRET not in log.read_text()
     assert SECRET not in (bed.folder / "inventory" / "group_vars" / "all" / "vault.yml").read_text()
+
+
+def test_prometheus_sees_every_host_and_knows_the_alerts(bed: Bed) -> None:
+    ask = "python3 -c 'import sys, urllib.request as u; print(u.urlopen(sys.argv[1]).read().decode())' "
+    end = time.monotonic() + 60
+    while True:
+        found = json.loads(bed.shell(HUB, ask + "http://127.0.0.1:9090/api/v1/targets"))["data"]["activeTargets"]
+        up = {(each["labels"]["job"], each["labels"].get("role", "")) for each in found if each["health"] == "up"}
+        if up == {("node", ""), ("fleetfed", "coordinator"), ("fleetfed", "enroller"), ("fleetfed", "gateway")}:
+            break
+        assert time.monotonic() < end, found
+        time.sleep(1)
+    rules = json.loads(bed.shell(HUB, ask + "http://127.0.0.1:9090/api/v1/rules"))["data"]["groups"]
+    assert any(rule["name"].startswith("Fleetfed") for group in rules for rule in group["rules"])
 
 
 # --- Upgrades ---------------------------------------------------------------------------------------------------------
