@@ -64,8 +64,12 @@ from fleetfed.shared.wire.envelope import Digest, MessageId
 from fleetfed.shared.wire.messages import DeclineReason, Outcome, Plan
 from fleetfed.shared.wire.selection import takes
 
-FIRST_RESEND: Final = 5_000
-"""Milliseconds without a receipt until the first repetition; it doubles after each."""
+FIRST_RESEND: Final = 20_000
+"""Milliseconds without a receipt until the first repetition; it doubles after each.
+
+A connection or a gateway that began anew is answered at once; this is for what was lost in silence. A thousand devices
+that answer at the same moment wait ten seconds for their receipts where the gateway is slow, and must not double its
+work for that."""
 LONGEST_RESEND: Final = 300_000
 SLOW_CLOCK: Final = 300_000
 """Milliseconds by which our clock may be behind the coordinator's: a plan that begins so soon has begun. Whoever waited

@@ -1,8 +1,8 @@
 """What a broker confirmed to retain and may not have on its disk yet.
 
-MQTT 5 section 4.3.2: PUBACK makes the broker the message's owner; it does not say that a crash leaves it one. Mosquitto
-writes its retained messages now and then. One that is killed comes back as it was some seconds before, with the sessions
-that it had then, so that nobody sees from ``session present`` that something is missing.
+MQTT 5 section 4.3.2: PUBACK makes the broker the message's owner; it does not say that a crash leaves it one.
+Mosquitto writes its retained messages now and then. One that is killed comes back as it was some seconds before, with
+the sessions that it had then, so that nobody sees from ``session present`` that something is missing.
 """
 
 from __future__ import annotations
