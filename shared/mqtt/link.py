@@ -10,7 +10,7 @@ answering, and a write path that needs no trip through the selector.
 
 It reaches into these private members of aiomqtt 2.5 and paho 2.2, nothing else in the project does:
 ``Client._client``, ``_connected``, ``_disconnected``, ``_on_*`` (aiomqtt), ``_create_socket``, ``_sock_close``,
-``_sock_send`` (paho).
+``_sock_send``, ``_handle_publish``, ``_in_packet`` (paho).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any, Final, TypeVar
 
 import aiomqtt
 import paho.mqtt.client as paho
+from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
@@ -33,6 +34,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from fleetfed.shared.errors import LocalProtocolError
 from fleetfed.shared.mqtt.config import ConnectionConfig, Will
 from fleetfed.shared.mqtt.errors import PACKET_TOO_LARGE, PublishRefusedError, SessionLostError, SubscribeRefusedError
+from fleetfed.shared.mqtt.frames import puback, read_publish
 from fleetfed.shared.mqtt.meter import ByteMeter
 from fleetfed.shared.mqtt.properties import connect_properties
 from fleetfed.shared.mqtt.sockets import open_socket
@@ -150,6 +152,11 @@ class Link(aiomqtt.Client):
         self._reading = True
         self._fd = -1
         self._gathered = bytearray()
+        self._acks = bytearray()
+        # Whether a part of one of paho's packets has left, and nothing may come before the rest of it.
+        self._midway = False
+        self._paho_publish = self._client._handle_publish
+        self._client._handle_publish = self._take_publish  # type: ignore[method-assign]
         self._client._sock_send = self._gather  # type: ignore[method-assign, assignment]
         self._client.manual_ack_set(True)
         self._client.connect_timeout = config.connect_timeout
@@ -244,7 +251,13 @@ class Link(aiomqtt.Client):
 
     def confirm(self, message: Incoming) -> None:
         """Tell the broker that ``message`` was handled; harmless once the connection is gone."""
-        if message.qos and not self.lost.done():
+        if self.lost.done():
+            return
+        if message.qos == 1:
+            if not self._acks:
+                self._loop.call_soon(self._write)
+            self._acks += puback(message.mid)
+        elif message.qos:
             self._client.ack(message.mid, message.qos)
 
     def pause_reading(self) -> None:
@@ -367,6 +380,16 @@ class Link(aiomqtt.Client):
     ) -> None:
         self._settle(mid, reason_code.value)
 
+    def _take_publish(self) -> MQTTErrorCode:
+        packet = self._client._in_packet
+        found = read_publish(packet["command"], packet["packet"], version5=self._version5)
+        if found is None:
+            return self._paho_publish()
+        topic, mid, qos, retained, payload = found
+        self._meter.add_payload(received=len(payload))
+        self._deliver(Incoming(self, mid, qos, topic, payload, retained))
+        return MQTTErrorCode.MQTT_ERR_SUCCESS
+
     def _on_message(self, client: paho.Client, userdata: Any, message: paho.MQTTMessage) -> None:
         try:
             topic = message.topic
@@ -391,7 +414,12 @@ class Link(aiomqtt.Client):
             self._abandon(repr(error))
 
     def _write(self) -> None:
+        if self.lost.done():
+            return
         try:
+            if self._acks and not self._midway:
+                self._gathered += self._acks
+                self._acks.clear()
             self._client.loop_write()
             self._flush()
         except OSError as error:
@@ -404,7 +432,7 @@ class Link(aiomqtt.Client):
         sock = self._client.socket()
         if sock is None:
             return
-        if self._gathered or self._client.want_write():
+        if self._gathered or self._acks or self._client.want_write():
             self._loop.add_writer(sock.fileno(), self._write)
         else:
             self._loop.remove_writer(sock.fileno())
@@ -421,8 +449,11 @@ class Link(aiomqtt.Client):
             self._flush()
             if self._gathered:
                 raise BlockingIOError
+        self._midway = alone
         if alone:
-            return self._send_now(packet)
+            sent = self._send_now(packet)
+            self._midway = sent < len(packet)
+            return sent
         self._gathered += packet
         return len(packet)
 
