@@ -77,3 +77,9 @@ def test_setting_up_again_changes_no_identity(composed: Composed) -> None:
     composed.compose("up", "--no-build", "--no-deps", "keys")
     assert "15 identities were there, 0 are new" in composed.log("keys")
     assert composed.inside("north-gateway", "sh", "-c", sums) == before
+
+
+def test_grafanas_password_is_where_the_documentation_says(composed: Composed) -> None:
+    path = "/fleet/grafana/password"
+    password = composed.compose("run", "--rm", "--no-deps", "--entrypoint", "cat", "keys", path).strip()
+    assert len(password) > 40

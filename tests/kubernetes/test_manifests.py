@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import os
 import re
 import stat
 import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,9 @@ import yaml
 
 from fleetfed.cloud_coordinator.config import CoordinatorConfig
 from fleetfed.cloud_coordinator.helper import config as helper_config
+from fleetfed.cloud_coordinator.keys.equip import make_trust
+from fleetfed.cloud_coordinator.keys.keyring import Keyring, MemberRole, NewMember
+from fleetfed.cloud_coordinator.keys.pki import Listener
 from fleetfed.gateway import config as gateway_config
 
 ROOT = Path(__file__).parents[2]
@@ -32,9 +40,14 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
 Document = dict[str, Any]
 
 
+@functools.cache
+def read(name: str) -> list[Document]:
+    return list(yaml.safe_load_all((FOLDER / name).read_text()))
+
+
 def documents(*names: str) -> Iterator[Document]:
     for name in names or FILES:
-        yield from yaml.safe_load_all((FOLDER / name).read_text())
+        yield from read(name)
 
 
 def of_kind(kind: str) -> list[Document]:
@@ -67,7 +80,7 @@ def test_kubernetes_knows_every_field(name: str, version: str) -> None:
 
 
 def test_the_schema_refuses_what_it_does_not_know() -> None:
-    document = of_kind("StatefulSet")[0]
+    document = copy.deepcopy(of_kind("StatefulSet")[0])
     pod(document)["containers"][0]["readinesProbe"] = {}
     with pytest.raises(kubernetes_validate.ValidationError, match="readinesProbe"):
         kubernetes_validate.validate(document, VERSIONS[-1], strict=True)
@@ -126,6 +139,7 @@ def test_names_lead_somewhere(document: Document) -> None:
     assert service["spec"]["selector"].items() <= labels.items()
     ports = {port["name"] for container in spec["containers"] for port in container["ports"]}
     assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
+    assert {port["name"] for port in service["spec"]["ports"]} == ports
     volumes = {volume["name"] for volume in spec["volumes"]}
     volumes |= {claim["metadata"]["name"] for claim in document["spec"]["volumeClaimTemplates"]}
     mounted = {mount["name"] for container in containers(document) for mount in container["volumeMounts"]}
@@ -197,3 +211,44 @@ def test_what_is_unpacked_belongs_to_its_reader_alone(document: Document, tmp_pa
     assert key.read_text() == "key"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     assert stat.S_IMODE(key.parent.stat().st_mode) == 0o700
+
+
+def test_the_secrets_that_are_packed_are_those_that_pods_unpack(tmp_path: Path) -> None:
+    now = int(time.time() * 1000)
+    keyring = Keyring.create(tmp_path / "keys", "demo", now=now)
+    wanted = [
+        NewMember(id="coordinator", role=MemberRole.COORDINATOR),
+        NewMember(id="cloud-broker", role=MemberRole.BROKER, hosts=("broker",), listener=Listener.CLOUD),
+        NewMember(id="north-broker", role=MemberRole.BROKER, hosts=("broker",)),
+        NewMember(id="g-north", role=MemberRole.GATEWAY, site="north"),
+        NewMember(id="b-north", role=MemberRole.BRIDGE, site="north"),
+        NewMember(id="h-two", role=MemberRole.HELPER),
+    ]
+    keyring.issue(wanted, now=now)
+    make_trust(keyring, now=now)
+    (tmp_path / "pgpass").write_text("postgres:5432:fleetfed:fleetfed:secret\n")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = [FOLDER / "pack.sh", tmp_path / "keys", tmp_path / "pgpass", tmp_path / "out"]
+    subprocess.run(command, check=True, env={**os.environ, "PATH": path}, capture_output=True)
+
+    packed = {str(tar.relative_to(tmp_path / "out")) for tar in (tmp_path / "out").glob("*/*/*.tar")}
+    assert packed == {unpacked(document) for document in of_kind("StatefulSet")}
+    for tar in packed:
+        assert stat.S_IMODE((tmp_path / "out" / tar).stat().st_mode) == 0o600
+    for namespace in ("fleetfed", "fleetfed-north"):
+        with tarfile.open(tmp_path / "out" / namespace / "broker-files" / "broker.tar") as tar:
+            members = {"/etc/fleetfed" + name.removeprefix(".") for name in tar.getnames()}
+            config = tar.extractfile("./mosquitto.conf")
+            assert config is not None
+            named = set(re.findall(r"file (/etc/fleetfed/\S+)", config.read().decode()))
+        assert len(named) >= 4
+        assert named <= members
+    with tarfile.open(tmp_path / "out" / "fleetfed" / "coordinator-identity" / "identity.tar") as tar:
+        assert {"./pgpass", "./signing.key", "./tls/key.pem"} <= set(tar.getnames())
+
+
+def unpacked(document: Document) -> str:
+    """Where the tar lies that a pod unpacks."""
+    (secret,) = (volume["secret"]["secretName"] for volume in pod(document)["volumes"] if "secret" in volume)
+    (found,) = re.findall(r"--file=/secret/(\S+)", pod(document)["initContainers"][0]["args"][0])
+    return f"{document['metadata']['namespace']}/{secret}/{found}"
