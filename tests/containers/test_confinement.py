@@ -77,7 +77,7 @@ def test_no_secret_is_in_an_environment_a_command_or_an_image(composed: Composed
 
 
 def forms_of_keys(composed: Composed, service: str) -> set[str]:
-    """Each key that a container has, as it would look in text: a line of its PEM file, or its bytes in hex and base64."""
+    """Each key that a container has, as text would show it: a line of its PEM file, or its bytes in hex and base64."""
     found = set()
     paths = composed.inside(service, "find", "/etc/fleetfed", "-name", "*key*", "-type", "f").split()
     assert paths
