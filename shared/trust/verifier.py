@@ -257,9 +257,11 @@ class Verifier:
     def trust(self, authorities: Iterable[Authority]) -> None:
         """Replace the authorities by those that verified trust metadata names; none brings the pinned one back."""
         named = {key_id(each.public_key): each for each in authorities}
-        self._authorities = named if named else {key_id(self._pinned.public_key): self._pinned}
-        # What an authority that is gone has signed does not count any more.
-        self._known.clear()
+        now_trusted = named if named else {key_id(self._pinned.public_key): self._pinned}
+        if now_trusted != self._authorities:
+            # What an authority that is gone has signed does not count any more.
+            self._known.clear()
+        self._authorities = now_trusted
 
     def _issued(self, encoded: bytes) -> Certificate:
         issuer = certificates.issuer(encoded)
