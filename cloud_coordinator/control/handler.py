@@ -20,6 +20,7 @@ from typing import Any, Final
 from fleetfed.cloud_coordinator.book import explain
 from fleetfed.cloud_coordinator.config import RoundSettings
 from fleetfed.cloud_coordinator.control import quarantine, report
+from fleetfed.cloud_coordinator.control.arguments import Arguments
 from fleetfed.cloud_coordinator.control.errors import CommandError
 from fleetfed.cloud_coordinator.events import (
     AbortRequested,
@@ -129,7 +130,7 @@ class Control:
 
     async def _prepare(self, request: Request, operator: str) -> Callable[[], dict[str, Any]]:
         """Do what may fail or takes long; return what changes the state, to be called in a transaction."""
-        arguments = _Arguments(request)
+        arguments = Arguments(request)
         match request.command:
             case Command.ROUND_START:
                 return await self._start(arguments)
@@ -169,7 +170,7 @@ class Control:
                 return self._trust(bundle)
         raise CommandError("unknown_command", f"{request.command} is not known here; update the coordinator")
 
-    async def _start(self, arguments: _Arguments) -> Callable[[], dict[str, Any]]:
+    async def _start(self, arguments: Arguments) -> Callable[[], dict[str, Any]]:
         coordinator = self._coordinator
         self._at_rest("round start")
         table = {name: value for name, value in _plain(coordinator.config.rounds).items() if value is not None}
@@ -311,7 +312,7 @@ class Control:
     # --- Commands that only look --------------------------------------------------------------------------------------
 
     def _read(self, request: Request) -> dict[str, Any]:
-        arguments = _Arguments(request)
+        arguments = Arguments(request)
         match request.command:
             case Command.ROUND_STATUS:
                 arguments.end()
@@ -491,53 +492,6 @@ def open_revocations(message: bytes, verifier: Verifier, *, now: int) -> tuple[R
         if any(serial // SERIALS != by.serial for serial in after - before):
             raise CommandError("not_its_devices", f"{by.id} may revoke the devices that it enrolled, and nobody else")
     return revocations, by
-
-
-class _Arguments:
-    """A command's arguments, each taken with its type and bounds; errors name the argument."""
-
-    def __init__(self, request: Request) -> None:
-        self._command = request.command
-        self._left = dict(request.arguments)
-
-    def _take(self, name: str, kind: type, default: Any) -> Any:
-        value = self._left.pop(name, default)
-        if value is None:
-            raise CommandError("invalid", f"{self._command}: {name} is missing")
-        if type(value) is not kind:
-            raise CommandError(
-                "invalid", f"{self._command}: {name}: expected {kind.__name__}, found {type(value).__name__}"
-            )
-        return value
-
-    def text(self, name: str, *, default: str | None = None) -> str:
-        """A text of at most 1000 characters."""
-        value: str = self._take(name, str, default)
-        if len(value) > 1000 or "\0" in value:
-            raise CommandError("invalid", f"{self._command}: {name}: at most 1000 characters, none of them NUL")
-        return value
-
-    def integer(self, name: str, *, low: int, default: int | None = None) -> int:
-        """An integer from ``low`` on; the default may lie below."""
-        value: int = self._take(name, int, default)
-        if value != default and not low <= value < 2**31:
-            raise CommandError("invalid", f"{self._command}: {name}: {value} is not between {low} and {2**31 - 1}")
-        return value
-
-    def binary(self, name: str) -> bytes:
-        """Bytes."""
-        value: bytes = self._take(name, bytes, None)
-        return value
-
-    def rest(self) -> dict[str, Any]:
-        """Whatever is left."""
-        left, self._left = self._left, {}
-        return left
-
-    def end(self) -> None:
-        """Refuse what nobody took."""
-        if self._left:
-            raise CommandError("invalid", f"{self._command}: no such argument: {', '.join(sorted(self._left))}")
 
 
 def _request_id(head: Head) -> bytes:
