@@ -87,7 +87,8 @@ COPY --from=gateway-environment /opt/fleetfed /opt/fleetfed
 USER 10001:10001
 VOLUME ["/var/lib/fleetfed"]
 EXPOSE 9465
-HEALTHCHECK --interval=30s --timeout=10s --start-period=30s --retries=3 \
+# It starts Python, which takes seconds where the processor is slow or busy; the same below.
+HEALTHCHECK --interval=30s --timeout=30s --start-period=30s --retries=3 \
   CMD ["fleetfed-gateway", "status", "--config", "/etc/fleetfed/gateway.toml", "--healthy"]
 ENTRYPOINT ["fleetfed-gateway"]
 CMD ["run", "--config", "/etc/fleetfed/gateway.toml"]
@@ -97,7 +98,7 @@ FROM runtime AS device
 COPY --from=device-environment /opt/fleetfed /opt/fleetfed
 USER 10001:10001
 VOLUME ["/var/lib/fleetfed"]
-HEALTHCHECK --interval=60s --timeout=10s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=60s --timeout=30s --start-period=60s --retries=3 \
   CMD ["fleetfed-device", "status", "--config", "/etc/fleetfed/device.toml", "--healthy"]
 ENTRYPOINT ["fleetfed-device"]
 CMD ["run", "--config", "/etc/fleetfed/device.toml"]
@@ -108,7 +109,7 @@ COPY --from=helper-environment /opt/fleetfed /opt/fleetfed
 USER 10001:10001
 VOLUME ["/var/lib/fleetfed"]
 EXPOSE 9466
-HEALTHCHECK --interval=30s --timeout=10s --start-period=30s --retries=3 \
+HEALTHCHECK --interval=30s --timeout=30s --start-period=30s --retries=3 \
   CMD ["fleetfed-helper", "status", "--config", "/etc/fleetfed/helper.toml", "--healthy"]
 ENTRYPOINT ["fleetfed-helper"]
 CMD ["run", "--config", "/etc/fleetfed/helper.toml"]
@@ -119,7 +120,7 @@ COPY --from=coordinator-environment /opt/fleetfed /opt/fleetfed
 USER 10001:10001
 VOLUME ["/var/lib/fleetfed"]
 EXPOSE 9464
-HEALTHCHECK --interval=30s --timeout=10s --start-period=30s --retries=3 \
+HEALTHCHECK --interval=30s --timeout=30s --start-period=30s --retries=3 \
   CMD ["fleetfed", "coordinator", "status", "--config", "/etc/fleetfed/coordinator.toml", "--healthy"]
 ENTRYPOINT ["fleetfed"]
 CMD ["coordinator", "run", "--config", "/etc/fleetfed/coordinator.toml"]

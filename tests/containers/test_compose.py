@@ -32,7 +32,7 @@ def test_everybody_takes_part(composed: Composed) -> None:
 
 @pytest.mark.parametrize("service", [*WATCHED, *DEVICES])
 def test_every_container_is_healthy(composed: Composed, service: str) -> None:
-    taken = composed.until(f"{service} to be healthy", lambda: composed.health(service) == "healthy", 120)
+    taken = composed.until(f"{service} to be healthy", lambda: composed.health(service) == "healthy", 240)
     print(f"{service} healthy, waited {taken:.0f} s")
 
 
