@@ -63,20 +63,22 @@ _ATOMS = frozenset({int, str, bytes, float, bool, type(None)})
 
 
 @cache
-def _field_names(cls: type) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(cls))
+def _field_names(cls: type) -> tuple[str, ...] | None:
+    """Of a dataclass, else None. Cached: to ask `dataclasses` each time costs more than encoding does."""
+    return tuple(field.name for field in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else None
 
 
 def _plain(value: Any) -> Any:
-    kind = type(value)
+    kind: Any = type(value)
     if kind in _ATOMS:
         return value
     if kind is tuple or kind is list:
         return [_plain(item) for item in value]
     if kind is dict:
         return {key: _plain(value[key]) for key in sorted(value)}
-    if dataclasses.is_dataclass(kind):
-        return {name: _plain(getattr(value, name)) for name in _field_names(kind)}
+    names = _field_names(kind)
+    if names is not None:
+        return {name: _plain(getattr(value, name)) for name in names}
     if isinstance(value, Enum):
         return value.value
     return value
