@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -155,6 +156,11 @@ class Composed:
         form = '{{.Label "com.docker.compose.service"}}'
         label = f"label=com.docker.compose.project={PROJECT}"
         return sorted(run("docker", "ps", "-a", "--filter", label, "--format", form).split())
+
+    def awaited(self) -> dict[int, set[str]]:
+        """The sites that each round waited for from its beginning."""
+        found = re.findall(r"round (\d+): opened, waiting for (.*)", self.log("coordinator"))
+        return {int(number): {gateway.removeprefix("g-") for gateway in names.split(", ")} for number, names in found}
 
     def cut(self, site: str) -> None:
         """Take a site's uplink away: packets are lost, nothing is closed."""
