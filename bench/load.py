@@ -8,11 +8,12 @@ processes (`load_devices.py`): each has its own identity, session, keys and rand
 signs what it says, but trains nothing. Their updates are signed before they start; TLS handshakes, which are counted
 apart, are done by then as well.
 
-Throughput is updates accepted, from the first publish to the last receipt, all devices sending at once. The broker
-alone is a second Mosquitto with the same settings and as many sessions: the same devices publish the very same frames
-to it, and one subscriber with the gateway's identity and window does nothing but receive; until its last message. Both
-take turns, and medians count: a shared machine disturbs either. Each round must hold every device's update exactly
-once, by the coordinator's record of the committed messages and by the sum of the devices' weights, all different.
+Throughput is updates accepted, from the first publish to the last receipt, all devices sending at once; receipts are
+verified, but only when all have come, since real devices have processors of their own. The broker alone is a second
+Mosquitto with the same settings and as many sessions: the same devices publish the very same frames to it, and one
+subscriber with the gateway's identity and window does nothing but receive; until its last message. Both take turns, and
+medians count: a shared machine disturbs either. Each round must hold every device's update exactly once, by the
+coordinator's record of the committed messages and by the sum of the devices' weights, all different.
 """
 
 from __future__ import annotations
