@@ -6,7 +6,8 @@ Rules:
 - a device is in the round once, over all gateways; the first proposal that names it has it;
 - a reveal must answer its gateway's commit, and count exactly its members unless none of it counts;
 - the round is complete when every awaited gateway and every other that has a commit is done, and a gateway is done
-  when it has revealed, or when its commit has no members;
+  when it has revealed, or when its commit has no members; one that came back in mid-round is awaited while it is there,
+  since it takes the retained plan and gives receipts for it;
 - in split mode (`SiteRules`) no mask seed is in the round twice, and a site's members are committed only if they are
   enough, of enough owners, and hardly any of the site's is left out: its gateway would refuse such a commit, and must.
 """
@@ -119,10 +120,13 @@ class Round:
         """Contributors in the partials that are here."""
         return sum(each.contributors for each in self.exchanges.values())
 
-    @property
-    def complete(self) -> bool:
-        """Whether nobody is waited for any more."""
-        return all(each.done for each in self.exchanges.values()) and self.awaited <= set(self.exchanges)
+    def complete(self, present: Iterable[str]) -> bool:
+        """Whether nobody is waited for any more.
+
+        Args:
+            present: gateways that are ready now.
+        """
+        return all(each.done for each in self.exchanges.values()) and self.awaited.union(present) <= set(self.exchanges)
 
     @property
     def enough(self) -> bool:

@@ -213,7 +213,7 @@ class CoordinatorMachine(Machine[State]):
 
     def _close_if_complete(self, now: int) -> list[Instruction]:
         assert self.round is not None
-        return self._close(now) if self.round.complete else []
+        return self._close(now) if self.round.complete(self.fleet.gateways) else []
 
     def _close(self, now: int) -> list[Instruction]:
         assert self.round is not None
@@ -266,10 +266,9 @@ class CoordinatorMachine(Machine[State]):
         self._meet(event, now)
         assert self.round is not None
         gone = {gateway for gateway in self.round.awaited & event.stopped if gateway not in self.round.exchanges}
-        if not gone:
-            return []
         self.round.awaited -= gone
-        return [StoreAwaited(self.round.number, frozenset(self.round.awaited)), *self._close_if_complete(now)]
+        stored = [StoreAwaited(self.round.number, frozenset(self.round.awaited))] if gone else []
+        return [*stored, *self._close_if_complete(now)]
 
     def _timer(self, event: TimerFired, now: int) -> list[Instruction]:
         del event

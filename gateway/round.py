@@ -248,7 +248,10 @@ class RoundMachine(Machine[RoundState]):
     def _member_changed(self, event: ev.MemberChanged, now: int) -> list[Any]:
         name = event.member
         if event.kind is Kind.GATEWAY:
-            if event.life in (None, Life.DISCONNECTED) and name not in self.record.children:
+            if event.life is Life.READY:
+                # It takes the retained plan and gives receipts for it.
+                self.expected_gateways.add(name)
+            elif event.life in (None, Life.DISCONNECTED) and name not in self.record.children:
                 self.expected_gateways.discard(name)
         elif event.life is Life.READY and self._selected(name):
             self.expected.add(name)

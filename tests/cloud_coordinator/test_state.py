@@ -143,6 +143,22 @@ def test_a_gateway_that_was_not_awaited_is_waited_for_once_it_has_a_commit() -> 
     assert ev.StartStep(1) in driver.feed(reveal("late", 1))
 
 
+def test_a_gateway_that_comes_back_in_mid_round_is_waited_for_while_it_is_there() -> None:
+    driver = Driver(machine())
+    driver.open("a")
+    driver.feed(fleet("a", "back"), proposal("a", "x"), reveal("a", 1))
+    assert driver.machine.state is State.COLLECTING
+    driver.feed(proposal("back", "w"))
+    assert ev.StartStep(1) in driver.feed(reveal("back", 1))
+
+
+def test_a_gateway_that_came_back_and_went_again_holds_nobody_up() -> None:
+    driver = Driver(machine())
+    driver.open("a")
+    driver.feed(fleet("a", "back"), proposal("a", "x"), reveal("a", 1))
+    assert ev.StartStep(1) in driver.feed(fleet("a"))
+
+
 def test_a_gateway_that_stops_for_good_is_not_waited_for() -> None:
     driver = Driver(machine())
     driver.open("a", "b")

@@ -196,6 +196,15 @@ def test_a_device_that_wakes_is_waited_for(make: Make) -> None:
     assert machine.state is RoundState.PROPOSED
 
 
+def test_a_gateway_below_that_comes_back_is_waited_for(make: Make) -> None:
+    machine = make("a")
+    machine.handle(ev.MemberChanged(kind=Kind.GATEWAY, member="g-1", life=Life.READY), T0)
+    machine.handle(update("a"), T0)
+    assert machine.state is RoundState.OPEN
+    machine.handle(child("g-1", "b"), T0)
+    assert machine.state is RoundState.PROPOSED
+
+
 def test_it_waits_for_gateways_below_as_well(make: Make) -> None:
     machine = make("a", gateways=("g-1", "g-2"))
     machine.handle(update("a"), T0)
