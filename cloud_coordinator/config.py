@@ -43,7 +43,7 @@ from fleetfed.cloud_coordinator.training.optimizers import OptimizerConfig
 from fleetfed.cloud_coordinator.training.robust import Robust
 from fleetfed.shared import config
 from fleetfed.shared.aggregate.lanes import choose_lane_bits
-from fleetfed.shared.dataset import DataConfig
+from fleetfed.shared.datasource import DataConfig
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.model.patch import DEFAULT_CLIP
 from fleetfed.shared.monitoring.config import CoordinatorMonitoringConfig

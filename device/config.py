@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from fleetfed.shared import config
 from fleetfed.shared.config import Length, Range
-from fleetfed.shared.dataset import DataConfig
+from fleetfed.shared.datasource import DataConfig
 from fleetfed.shared.mqtt.config import ConnectionConfig
 from fleetfed.shared.mqtt.endpoint import Endpoint
 from fleetfed.shared.telemetry import LogFormat

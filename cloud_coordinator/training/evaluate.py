@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fleetfed.shared import dataset
-from fleetfed.shared.dataset import DataConfig
+from fleetfed.shared.datasource import DataConfig
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.model.card import ModelCard
 from fleetfed.shared.model.interpreter import Model

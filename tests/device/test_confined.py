@@ -16,7 +16,7 @@ from fleetfed.device.trainer import TfliteTrainer
 from fleetfed.device.worker import Job
 from fleetfed.shared.aggregate.body import decode_body
 from fleetfed.shared.aggregate.projection import Subspace
-from fleetfed.shared.dataset import DataConfig
+from fleetfed.shared.datasource import DataConfig
 from fleetfed.shared.errors import LocalProtocolError
 from fleetfed.shared.model.interpreter import Adam, Model, Optimizer, Sgd
 from fleetfed.shared.wire.envelope import Digest

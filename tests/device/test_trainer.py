@@ -23,7 +23,7 @@ from fleetfed.device.trainer import (
 )
 from fleetfed.device.worker import Finished, Job, Worker
 from fleetfed.shared.aggregate.body import decode_body
-from fleetfed.shared.dataset import DataConfig
+from fleetfed.shared.datasource import DataConfig
 from fleetfed.shared.errors import ConfigError, LocalProtocolError
 from fleetfed.shared.model.table import read_weights
 from fleetfed.shared.telemetry import peak_mb

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetfed.shared import config, dataset
-from fleetfed.shared.dataset import DataConfig, Dataset, check, load, split
+from fleetfed.shared.dataset import Dataset, check, load, split
+from fleetfed.shared.datasource import DataConfig
 from fleetfed.shared.errors import ConfigError
 
 

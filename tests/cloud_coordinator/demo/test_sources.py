@@ -9,8 +9,8 @@ import pytest
 
 from fleetfed.cloud_coordinator.demo import sources
 from fleetfed.cloud_coordinator.demo.sources import Deal
-from fleetfed.shared.dataset import DataConfig
 from fleetfed.shared.dataset import load as load_dataset
+from fleetfed.shared.datasource import DataConfig
 from fleetfed.shared.errors import ConfigError
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")

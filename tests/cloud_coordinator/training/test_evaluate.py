@@ -9,7 +9,7 @@ import pytest
 
 from fleetfed.cloud_coordinator import zoo
 from fleetfed.cloud_coordinator.training.evaluate import Evaluator
-from fleetfed.shared.dataset import DataConfig
+from fleetfed.shared.datasource import DataConfig
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.model.table import read_weights, write_weights
 
