@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Final
 from fleetfed.gateway import events as ev
 from fleetfed.gateway.modes import check_scale, rules_of
 from fleetfed.gateway.record import Accepted, Child, Place, RoundRecord, RoundState, Sent, close_time
+from fleetfed.gateway.refusals import refuse_device, refuse_gateway
 from fleetfed.shared.aggregate.accumulator import Ring
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
 from fleetfed.shared.machine import Edge, Machine, TimerFired
@@ -208,7 +209,7 @@ class RoundMachine(Machine[RoundState]):
             if event.serial in self._revoked:
                 raise RemoteProtocolError(RejectReason.REVOKED)
         except RemoteProtocolError as error:
-            return [ev.DiscardParcel(update=event), *self._refuse_device(event, error)]
+            return [ev.DiscardParcel(update=event), *self._refuse(event, error)]
         self.record.accepted[event.device] = Accepted(
             event.message_id, event.head, event.serial, event.size, event.owner
         )
@@ -221,26 +222,16 @@ class RoundMachine(Machine[RoundState]):
             *self._close_if_due(now),
         ]
 
-    def _refuse_device(self, event: ev.UpdateArrived | ev.DeclineArrived, error: RemoteProtocolError) -> list[Any]:
+    def _refuse(self, event: ev.UpdateArrived | ev.DeclineArrived, error: RemoteProtocolError) -> list[Any]:
         self.rejected[error.reason] += 1
-        return [
-            ev.Refused(what=f"update of {event.device}", reason=error.reason, detail=error.detail),
-            ev.SendReceipt(
-                kind=Kind.DEVICE,
-                member=event.device,
-                message_id=event.message_id,
-                head=event.head,
-                reason=error.reason,
-                detail=error.detail,
-            ),
-        ]
+        return refuse_device(event, error)
 
     def _take_decline(self, event: ev.DeclineArrived, now: int) -> list[Any]:
         receipt = ev.SendReceipt(kind=Kind.DEVICE, member=event.device, message_id=event.message_id, head=event.head)
         if event.device in self.record.declined or self.state is not RoundState.OPEN:
             return [receipt]
         if not self._selected(event.device):
-            return self._refuse_device(event, RemoteProtocolError(RejectReason.NOT_SELECTED))
+            return self._refuse(event, RemoteProtocolError(RejectReason.NOT_SELECTED))
         self.record.declined[event.device] = event.reason
         self.expected.add(event.device)
         return [ev.StoreDecline(device=event.device, reason=event.reason), receipt, *self._close_if_due(now)]
@@ -277,44 +268,29 @@ class RoundMachine(Machine[RoundState]):
                 return [ev.SendCommit(event.gateway)]
             return [stored]
         if old is not None:
-            return self._refuse_gateway(event, RejectReason.CONFLICT, "another proposal counts")
+            return refuse_gateway(event, RejectReason.CONFLICT, "another proposal counts")
         if self.state is not RoundState.OPEN:
-            return self._refuse_gateway(event, RejectReason.LATE, f"the round is {self.state} here")
+            return refuse_gateway(event, RejectReason.LATE, f"the round is {self.state} here")
         members = frozenset(event.members)
         if members & self._device_of.keys() or any(members & child.members for child in self.record.children.values()):
-            return self._refuse_gateway(event, RejectReason.CONFLICT, "somebody else proposed members of it")
+            return refuse_gateway(event, RejectReason.CONFLICT, "somebody else proposed members of it")
         if self.contributors + len(members) > self.record.plan.quorum.cohort_cap:
-            return self._refuse_gateway(event, RejectReason.COHORT_FULL, f"{self.contributors} + {len(members)}")
+            return refuse_gateway(event, RejectReason.COHORT_FULL, f"{self.contributors} + {len(members)}")
         self.record.children[event.gateway] = Child(event.message_id, members, event.declined, event.rejected)
         self.expected_gateways.add(event.gateway)
         return [ev.StoreChildProposal(proposal=event), stored, *self._close_if_due(now)]
 
-    def _refuse_gateway(
-        self, event: ev.ChildProposed | ev.ChildRevealed, reason: RejectReason, detail: str
-    ) -> list[Any]:
-        return [
-            ev.Refused(what=f"{type(event).__name__} of {event.gateway}", reason=reason, detail=detail),
-            ev.SendReceipt(
-                kind=Kind.GATEWAY,
-                member=event.gateway,
-                message_id=event.message_id,
-                head=event.head,
-                reason=reason,
-                detail=detail,
-            ),
-        ]
-
     def _take_reveal(self, event: ev.ChildRevealed, now: int) -> list[Any]:
         child, commit = self.record.children.get(event.gateway), self.record.commit
         if child is None or commit is None or event.commit != commit.head:
-            return self._refuse_gateway(event, RejectReason.NOT_PROPOSED, "it answers no commit of this round")
+            return refuse_gateway(event, RejectReason.NOT_PROPOSED, "it answers no commit of this round")
         stored = ev.SendStoredReceipt(kind=Kind.GATEWAY, member=event.gateway, message_id=event.message_id)
         if child.reveal == event.message_id:
             return [stored]
         if child.reveal is not None:
-            return self._refuse_gateway(event, RejectReason.CONFLICT, "another reveal counts")
+            return refuse_gateway(event, RejectReason.CONFLICT, "another reveal counts")
         if self.state is not RoundState.COMMITTED:
-            return self._refuse_gateway(event, RejectReason.LATE, f"the round is {self.state} here")
+            return refuse_gateway(event, RejectReason.LATE, f"the round is {self.state} here")
         part = len(self.record.child_part(event.gateway))
         if event.reason is not None and part:
             # A sum over exactly the committed set is not possible without it.
@@ -324,7 +300,7 @@ class RoundMachine(Machine[RoundState]):
             )
             return [*self._abort(commit, error), receipt]
         if event.count != part or not part:
-            return self._refuse_gateway(event, RejectReason.OUT_OF_RANGE, f"{event.count} of {part} members")
+            return refuse_gateway(event, RejectReason.OUT_OF_RANGE, f"{event.count} of {part} members")
         self.record.children[event.gateway] = Child(
             child.proposal, child.members, child.declined, child.rejected, event.message_id, event.count
         )
