@@ -17,7 +17,7 @@ from fleetfed.shared.secure import box, prg, split
 from fleetfed.shared.secure.box import Reader, SealSecret, seal
 from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.trust.signer import Message
-from fleetfed.shared.wire.envelope import HEADER_SIZE, Head, MessageKind, parse_head
+from fleetfed.shared.wire.envelope import HEADER_SIZE, Head, MessageKind, digest, parse_head
 from fleetfed.shared.wire.update import BOX_SIZE, EXTENSION_SIZE, UpdateExtension
 
 LAYOUT = LaneLayout(dimension=10, lane_bits=16, meta_words=3)
@@ -135,7 +135,12 @@ def test_every_bit_of_the_body_is_hashed(rnd: MaskedRound, update: Message) -> N
 def signed_again(rnd: MaskedRound, head: Head, body: bytes, *, extension: bytes, device: str) -> Message:
     """The head of a device that signs for itself what it took from another: all but its own name is the victim's."""
     signer = rnd.fleet.signer(device)
-    header = replace(head.header, sender=signer.certificate.key_id, certificate_size=len(signer._encoded_certificate))
+    header = replace(
+        head.header,
+        sender=signer.certificate.key_id,
+        body_hash=digest(body),
+        certificate_size=len(signer._encoded_certificate),
+    )
     return signer._message(header, body, extension)
 
 

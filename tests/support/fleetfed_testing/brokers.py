@@ -120,8 +120,8 @@ class Mosquitto:
             "set_tcp_nodelay true",
         ]
         if durable:
-            lines += ["persistence true", f"persistence_location {directory}/", "autosave_on_changes false"]
-            lines.append("autosave_interval 2")
+            lines += ["persistence true", f"persistence_location {directory}/", "autosave_on_changes true"]
+            lines.append("autosave_interval 1")
         if tls:
             server = pki.server()
             lines += [
