@@ -162,15 +162,23 @@ def found_version(world: World) -> int:
     return newest.version
 
 
-@pytest.mark.parametrize("settings", [PLAIN, MASKED], ids=["plain", "split"])
-async def test_every_write_may_be_the_last(tmp_path: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("settings", "every"),
+    [
+        pytest.param(PLAIN, 3, id="plain"),
+        pytest.param(MASKED, 2, id="split"),
+        pytest.param(PLAIN, 1, id="plain, all", marks=pytest.mark.slow),
+        pytest.param(MASKED, 1, id="split, all", marks=pytest.mark.slow),
+    ],
+)
+async def test_every_write_may_be_the_last(tmp_path: Path, settings: dict[str, Any], every: int) -> None:
     quiet = Fuse(None)
     expected, deaths = await drive(tmp_path / "quiet", quiet, settings)
     assert deaths == 0
     assert len(expected) == settings["rounds"] + 1
     assert quiet.writes > 10 * settings["rounds"]
     for after in (False, True):
-        for at in range(1, quiet.writes + 1):
+        for at in range(1 + after, quiet.writes + 1, every):
             fuse = Fuse(at, after=after)
             found, deaths = await drive(tmp_path / f"{at}-{after}", fuse, settings)
             assert deaths == 1, (at, after)

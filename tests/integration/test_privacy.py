@@ -19,7 +19,7 @@ DEVICES, Z = 6, 40.0
     # In units of one mechanism's whole noise: two leaf gateways and the coordinator; six shares where three would do.
     [
         pytest.param({"mechanism": "split_central", "sums": 2}, 3.0, marks=pytest.mark.slow),
-        ({"mechanism": "skellam", "honest": 3}, 2.0),
+        pytest.param({"mechanism": "skellam", "honest": 3}, 2.0, marks=pytest.mark.slow),
     ],
     ids=["split_central", "skellam"],
 )

@@ -52,6 +52,7 @@ async def test_masked_rounds_make_the_same_files_as_plain_ones(tmp_path: Path, p
     assert await models(tmp_path / "two", gateways=2, tiers=2) == plain
 
 
+@pytest.mark.slow
 async def test_updates_within_a_budget_make_one_file_whatever_the_tree(tmp_path: Path) -> None:
     small = {**SPLIT, "error_feedback": False, "update_bytes": 6000}
     made = await models(tmp_path / "two", small, gateways=2, tiers=2)
@@ -61,6 +62,7 @@ async def test_updates_within_a_budget_make_one_file_whatever_the_tree(tmp_path:
             assert row.get("update_bytes", 0) < 6000 + limits.MAX_HEAD
 
 
+@pytest.mark.slow
 async def test_seals_of_suite_3_make_the_same_files(tmp_path: Path, plain: list[str]) -> None:
     """Every party makes, stores and opens keys of ML-KEM-768 and X25519; nothing else of the round changes."""
     assert await models(tmp_path, {**SPLIT, "suite": HYBRID}, gateways=2, tiers=2) == plain
