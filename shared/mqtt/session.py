@@ -188,6 +188,8 @@ class Session:
         """
         try:
             with self._call() as link:
+                if retain:
+                    self._unsaved.begun(topic)
                 await link.publish_confirmed(topic, payload, qos=qos, retain=retain)
                 if retain:
                     self._unsaved.confirmed(topic, payload, qos, time.monotonic())

@@ -35,10 +35,14 @@ class Unsaved:
         self._size = 0
         self._doubtful: dict[str, tuple[bytes, int]] = {}
 
-    def confirmed(self, topic: str, payload: bytes, qos: int, now: float) -> None:
-        """The broker confirmed a retained message; ``now`` in seconds of a clock that only goes forward."""
+    def begun(self, topic: str) -> None:
+        """Another message is on its way to the topic: the one before must not come after it."""
         self._doubtful.pop(topic, None)
         self._drop(topic)
+
+    def confirmed(self, topic: str, payload: bytes, qos: int, now: float) -> None:
+        """The broker confirmed a retained message; ``now`` in seconds of a clock that only goes forward."""
+        self.begun(topic)
         self._fresh[topic] = (now, payload, qos)
         self._size += len(payload)
         self._forget(now)

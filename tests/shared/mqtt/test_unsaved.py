@@ -33,6 +33,15 @@ def test_a_topic_retains_its_last_message() -> None:
     assert unsaved.doubtful() == [("b", b"2", 1), ("a", b"3", 1)]
 
 
+def test_a_message_never_comes_after_the_one_that_was_to_replace_it() -> None:
+    unsaved = Unsaved(window=10)
+    unsaved.confirmed("a", b"old", 1, 0)
+    unsaved.begun("a")
+    unsaved.lost(1)
+    # Whether the broker has the new one is for its sender to find out.
+    assert unsaved.doubtful() == []
+
+
 def test_what_could_not_be_said_again_stays_in_doubt() -> None:
     unsaved = Unsaved(window=10)
     unsaved.confirmed("a", b"1", 1, 0)
