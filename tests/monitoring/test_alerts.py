@@ -88,6 +88,12 @@ def test_an_alert_has_a_runbook_a_mode_and_known_series(rule: dict[str, Any]) ->
     assert (ROOT / runbook).is_file()
 
 
+def test_the_list_of_runbooks_has_every_alert_with_its_severity() -> None:
+    text = (RUNBOOKS / "README.md").read_text()
+    for rule in rules():
+        assert f"[{rule['alert']}]({_kebab(rule['alert'])}.md) | {rule['labels']['severity']} |" in text
+
+
 def test_no_runbook_is_left_over() -> None:
     wanted = {f"{_kebab(rule['alert'])}.md" for rule in rules()} | {"README.md"}
     assert {path.name for path in RUNBOOKS.iterdir()} == wanted
