@@ -6,7 +6,9 @@ hangs or that nothing runs. ``obstacle`` in it says why the program cannot work 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from fleetfed.shared.errors import ConfigError, StorageError
@@ -33,6 +35,28 @@ def ailment(status: Mapping[str, Any], *, now: int, old: float = OLD) -> str:
     if age > old:
         return f"the status is {age:.0f} s old, more than {old:.0f} s: the program does not run, or hangs"
     return str(obstacle)
+
+
+def read(path: Path, *, written: str, damaged: type[ConfigError | StorageError] = ConfigError) -> dict[str, Any]:
+    """Read a status file.
+
+    Args:
+        path: of it.
+        written: when the program writes it, for people who look too early.
+        damaged: what to raise where it is not a status.
+
+    Raises:
+        ConfigError: there is none yet; or ``damaged``.
+    """
+    try:
+        table = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; it is written {written}") from error
+    except ValueError as error:
+        raise damaged(f"{path}: {error}") from error
+    if not isinstance(table, dict):
+        raise damaged(f"{path}: not a status")
+    return table
 
 
 def report(read: Callable[[], Mapping[str, Any]], *, now: int, old: float = OLD) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import click
 
 from fleetfed.cloud_coordinator.cli import output
 from fleetfed.cloud_coordinator.control.errors import CommandFailedError
-from fleetfed.shared.errors import ConfigError, StorageError
+from fleetfed.shared.errors import StorageError
 from fleetfed.shared.telemetry import FORMATS, LEVELS
 
 TEMPLATE = """\
@@ -150,9 +149,13 @@ def status(config: Path, healthy: bool, as_json: bool) -> int:
     from fleetfed.shared.clock import unix_ms
 
     path = CoordinatorConfig.load(config).state / "status.json"
+
+    def read() -> dict[str, Any]:
+        return health.read(path, written="when the coordinator starts", damaged=StorageError)
+
     if healthy:
-        return health.report(lambda: _read(path), now=unix_ms())
-    table = _read(path)
+        return health.report(read, now=unix_ms())
+    table = read()
     if as_json:
         output.print_json(table)
         return 0
@@ -161,15 +164,3 @@ def status(config: Path, healthy: bool, as_json: bool) -> int:
         pairs = ", ".join(f"{key} {value}" for key, value in item.items()) if isinstance(item, dict) else item
         print(f"{name:<{width}}  {'none' if pairs == '' else pairs}")
     return 0
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; it is written when the coordinator starts") from error
-    except ValueError as error:
-        raise StorageError(f"{path}: {error}") from error
-    if not isinstance(table, dict):
-        raise StorageError(f"{path}: not a status")
-    return table

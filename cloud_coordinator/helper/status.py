@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fleetfed.shared.errors import ConfigError
+from fleetfed.shared import health
 from fleetfed.shared.files import write_atomic
 from fleetfed.shared.telemetry import peak_mb
 
@@ -58,13 +58,4 @@ def read_status(directory: Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is none yet, or it is damaged.
     """
-    path = directory / FILE
-    try:
-        table = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; it is written once the helper runs") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(table, dict):
-        raise ConfigError(f"{path}: not a status")
-    return table
+    return health.read(directory / FILE, written="once the helper runs")
