@@ -285,7 +285,7 @@ class Inbound:
             )
 
         small = rnd.ring.layout.dimension <= SMALL
-        self._worker.do(lambda: total.open(head, message.body), decoded, small=small)
+        self._worker.do(lambda: total.open(head, message.body), decoded, small=small, size=head.message_size)
 
     def _decline(self, device: str, payload: bytes) -> None:
         head = parse_head(payload)

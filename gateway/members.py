@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Final
 
 from fleetfed.shared.errors import RejectReason, RemoteProtocolError
@@ -135,9 +136,11 @@ class Members:
 
         summaries = [
             MemberSummary(id=name, site=site, life=member.life, since=member.since, software=member.software)
-            for name, member in own.items()
+            # Only as many as are said: a site may have a hundred times more.
+            for name, member in islice(own.items(), CENSUS_MEMBERS)
         ]
         summaries += [summary for census in below for summary in census.members]
+        many = len(own) + len(summaries) - min(len(own), CENSUS_MEMBERS)
         return Census(
             site=site,
             level=self.level,
@@ -146,7 +149,7 @@ class Members:
             sleeping=_bounded(lives(Life.SLEEPING), (census.sleeping for census in below)),
             lost=_bounded(lives(Life.LOST), (census.lost for census in below)),
             members=tuple(summaries[:CENSUS_MEMBERS]),
-            truncated=len(summaries) > CENSUS_MEMBERS or any(census.truncated for census in below),
+            truncated=many > CENSUS_MEMBERS or any(census.truncated for census in below),
             model_version=model_version,
             round=round,
             answered=_bounded(answered, (census.answered for census in below if round and census.round == round)),

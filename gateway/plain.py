@@ -111,7 +111,7 @@ class PlainSum(Summation):
 
     def add(self, opened: tuple[Values, Words]) -> None:
         """Add integers."""
-        self._own.accumulate(*opened)
+        self._own.accumulate(*opened, checked=True)
 
     def subtract(self, opened: tuple[Values, Words]) -> None:
         """Subtract integers."""

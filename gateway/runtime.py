@@ -396,6 +396,7 @@ class Gateway:
     async def _on_message(self, topic: str, payload: bytes, retained: bool) -> None:
         self.inbound.receive(topic, payload, live=not retained)
         # Before the broker is told that it was handled.
+        await self._worker.room()
         await self._pipeline.room()
         self._rearm()
 

@@ -1,16 +1,34 @@
-"""Runs what costs time in one thread, in order; what is small runs at once, unless something is waiting before it."""
+"""Runs what costs time in one thread, in order; a job alone that is small runs on the loop, where it is done sooner.
+
+What gathers while one batch runs is the next one: one trip to the thread and back serves many updates, and hashing
+and adding, which let go of the interpreter, have another processor meanwhile.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 from fleetfed.shared.errors import RemoteProtocolError
 
 Then = Callable[[Any], None]
+
+ROOM: Final = 16 << 20
+"""Bytes that may wait before nothing more is taken in."""
+_TOGETHER: Final = 32
+"""Jobs in one trip: what comes of them keeps the loop busy for a few milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    work: Callable[[], Any]
+    then: Then | None
+    small: bool
+    size: int
 
 
 class Worker:
@@ -22,23 +40,35 @@ class Worker:
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self._queue: deque[tuple[Callable[[], Any], Then | None]] = deque()
+        self._queue: deque[_Job] = deque()
         self._wake = asyncio.Event()
+        self._running = 0
+        self._waiting = 0
+        self._less = asyncio.Event()
 
     @property
     def idle(self) -> bool:
         """Whether nothing is waiting or running."""
-        return not self._queue
+        return not self._queue and not self._running
 
-    def do(self, work: Callable[[], Any], then: Then | None = None, *, small: bool) -> None:
-        """Run ``work`` and hand what it returns, or the `RemoteProtocolError` that it raises, to ``then``."""
-        if small and not self._queue:
-            result = _outcome(work)
-            if then is not None:
-                then(result)
-            return
-        self._queue.append((work, then))
+    def do(self, work: Callable[[], Any], then: Then | None = None, *, small: bool, size: int = 0) -> None:
+        """Run ``work`` soon and hand what it returns, or the `RemoteProtocolError` that it raises, to ``then``.
+
+        Args:
+            work: what to run, perhaps in the thread.
+            then: called on the loop, in the order of the calls.
+            small: whether the loop may wait for it.
+            size: bytes that it holds on to.
+        """
+        self._queue.append(_Job(work, then, small, size))
+        self._waiting += size
         self._wake.set()
+
+    async def room(self) -> None:
+        """Return once less than `ROOM` bytes wait: senders are held back, in place of filling the memory."""
+        while self._waiting >= ROOM:
+            self._less.clear()
+            await self._less.wait()
 
     async def run(self) -> None:
         """Work until cancelled. Whatever else ``work`` or ``then`` raises ends it."""
@@ -47,12 +77,22 @@ class Worker:
             await self._wake.wait()
             self._wake.clear()
             while self._queue:
-                work, then = self._queue[0]
-                result = await loop.run_in_executor(self._executor, _outcome, work)
-                # Only now: what comes in meanwhile must not overtake it.
-                self._queue.popleft()
-                if then is not None:
-                    then(result)
+                batch = [self._queue.popleft() for _ in range(min(_TOGETHER, len(self._queue)))]
+                self._running = len(batch)
+                if len(batch) == 1 and batch[0].small:
+                    results = _outcomes(batch)
+                else:
+                    results = await loop.run_in_executor(self._executor, _outcomes, batch)
+                for job, result in zip(batch, results, strict=True):
+                    self._running -= 1
+                    self._waiting -= job.size
+                    if job.then is not None:
+                        job.then(result)
+                self._less.set()
+
+
+def _outcomes(batch: Sequence[_Job]) -> list[Any]:
+    return [_outcome(job.work) for job in batch]
 
 
 def _outcome(work: Callable[[], Any]) -> Any:

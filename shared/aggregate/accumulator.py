@@ -8,7 +8,8 @@ Laws, bit for bit and for any contributions that the capacity admits (the tests 
 - ends: `report` consumes; whatever comes after raises, so one sum cannot be counted twice.
 
 They hold because a word is an integer modulo 2**64 and nothing is ever divided before the end. Memory is the one vector
-of words, whatever the number of contributors; it may be a memory map.
+of words, whatever the number of contributors, which may be a memory map; and, where values are bytes, one of 16 bits
+that some hundred contributions go through.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ from fleetfed.shared.errors import LocalProtocolError, RejectReason, RemoteProto
 _SNAPSHOT: Final = struct.Struct("<4sBBHIIQQ")
 _MAGIC: Final = b"FFA1"
 _DIGEST: Final = 32
+_NARROW_MAX: Final = (1 << 15) - 1
+_WORTHWHILE: Final = 16
+"""Contributions that must fit 16 bits: to add one of bytes to such a sum takes a tenth of the time that lanes take."""
+_NARROW_SIZE: Final = 8 << 20
+"""Bytes that this may take beside the words."""
 _HEADROOM: Final = 8
 """Standard deviations of noise that a lane has room for: one coordinate in 10**15 exceeds it."""
 
@@ -175,19 +181,23 @@ class Accumulator:
         self._words: Words | None = ring.layout.zeros() if words is None else words
         ring.layout.check_words(self._words)
         self._count = count
+        # What is in the sum and not yet in the words, and the largest magnitude that it can have.
+        self._narrow: Values | None = None
+        self._reach = 0
 
     @property
     def count(self) -> int:
         """Contributions in the sum."""
         return self._count
 
-    def accumulate(self, values: Values, meta: Words, *, count: int = 1) -> None:
+    def accumulate(self, values: Values, meta: Words, *, count: int = 1, checked: bool = False) -> None:
         """Add one contribution, or the decoded sum of ``count`` of them.
 
         Args:
             values: signed integers, shape (dimension,).
             meta: uint64, shape (ring.meta.words,).
             count: contributions in it, as the signed list says.
+            checked: whether values and meta are known to be in this ring's range; their shapes are checked anyway.
 
         Raises:
             RemoteProtocolError: COHORT_FULL, WRONG_SHAPE or OUT_OF_RANGE (a value, or a meta word); the sum is
@@ -197,8 +207,9 @@ class Accumulator:
         words = self._open()
         if self._count + count > self.capacity:
             raise RemoteProtocolError(RejectReason.COHORT_FULL, f"{self._count} + {count} of {self.capacity}")
-        self._check(values, meta, count)
-        self.ring.layout.add(words, values, meta)
+        if not checked:
+            self._check(values, meta, count)
+        self._add(words, values, meta, count, negate=False)
         self._count += count
 
     def subtract(self, values: Values, meta: Words, *, count: int = 1) -> None:
@@ -214,7 +225,7 @@ class Accumulator:
         if count > self._count:
             raise LocalProtocolError(f"cannot take {count} contributions out of {self._count}")
         self._check(values, meta, count)
-        self.ring.layout.add(words, values, meta, negate=True)
+        self._add(words, values, meta, count, negate=True)
         self._count -= count
 
     def merge(self, other: Partial) -> None:
@@ -259,7 +270,7 @@ class Accumulator:
         Raises:
             LocalProtocolError: already reported.
         """
-        words = self._open()
+        words = self._whole()
         self._words = None
         return Partial(self.ring, words, self._count)
 
@@ -269,7 +280,7 @@ class Accumulator:
         Raises:
             LocalProtocolError: already reported.
         """
-        words, layout = self._open(), self.ring.layout
+        words, layout = self._whole(), self.ring.layout
         head = _SNAPSHOT.pack(
             _MAGIC,
             self.ring.bits,
@@ -311,6 +322,33 @@ class Accumulator:
         if self._words is None:
             raise LocalProtocolError("this sum has been reported")
         return self._words
+
+    def _whole(self) -> Words:
+        """The words, with everything in them."""
+        words = self._open()
+        if self._reach:
+            assert self._narrow is not None
+            self.ring.layout.add(words, self._narrow, np.zeros(self.ring.meta.words, dtype=np.uint64))
+            self._narrow.fill(0)
+            self._reach = 0
+        return words
+
+    def _add(self, words: Words, values: Values, meta: Words, count: int, *, negate: bool) -> None:
+        limit, layout = self.ring.limit(count), self.ring.layout
+        small = limit * _WORTHWHILE <= _NARROW_MAX and 2 * layout.dimension <= _NARROW_SIZE
+        fits = values.shape == (layout.dimension,) and meta.shape == (layout.meta_words,) and meta.dtype == np.uint64
+        if not (small and fits and values.dtype == np.int8):
+            layout.add(words, values, meta, negate=negate)
+            return
+        if self._narrow is None:
+            self._narrow = np.zeros(layout.dimension, dtype=np.int16)
+        if self._reach + limit > _NARROW_MAX:
+            self._whole()
+        combine = np.subtract if negate else np.add
+        combine(self._narrow, values, out=self._narrow)
+        tail = words[layout.value_words :]
+        combine(tail, meta, out=tail)
+        self._reach += limit
 
     def _check_partial(self, other: Partial) -> None:
         if other.ring != self.ring:

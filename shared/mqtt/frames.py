@@ -1,4 +1,4 @@
-"""The two packets that a gateway sees a thousand of per round, read and written without a detour.
+"""The two packets that a gateway sees thousands of per round, read and written without a detour.
 
 paho copies a payload five times on its way in and builds an object for each property and each acknowledgement. What is
 not exactly as expected here is left to it.
@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from typing import Final
 
-_PUBACK: Final = 0x40
-_MOST_LENGTH_BYTES: Final = 4
-"""MQTT 5 section 1.5.5."""
+PUBLISH: Final = 0x30
+PUBACK: Final = 0x40
+DISCONNECT: Final = 0xE0
+"""First bytes, without flags (MQTT 5 section 2.1.2)."""
+LONGEST_LENGTH: Final = 4
+"""Bytes of a variable byte integer (MQTT 5 section 1.5.5)."""
 
 Publish = tuple[str, int, int, bool, bytes]
 """Topic, packet identifier (0 at QoS 0), QoS, whether it is a retained copy, payload."""
 
 
-def read_publish(first: int, packet: bytes | bytearray, *, version5: bool) -> Publish | None:
+def read_publish(first: int, packet: bytes | bytearray | memoryview, *, version5: bool) -> Publish | None:
     """Read a PUBLISH of QoS 0 or 1 (MQTT 5 section 3.3).
 
     Args:
@@ -37,26 +40,68 @@ def read_publish(first: int, packet: bytes | bytearray, *, version5: bool) -> Pu
     except UnicodeDecodeError:
         return None
     if version5:
-        length = shift = 0
-        for _ in range(_MOST_LENGTH_BYTES):
-            if at >= len(packet):
-                return None
-            byte = packet[at]
-            length |= (byte & 0x7F) << shift
-            shift += 7
-            at += 1
-            if byte < 0x80:
-                break
-        else:
+        properties = read_length(packet[at : at + LONGEST_LENGTH])
+        if properties is None:
             return None
-        at += length
+        at += sum(properties)
         if at > len(packet):
             return None
     mid = int.from_bytes(packet[end : end + 2], "big") if qos else 0
-    with memoryview(packet) as view:
-        return topic, mid, qos, bool(first & 1), bytes(view[at:])
+    return topic, mid, qos, bool(first & 1), bytes(memoryview(packet)[at:])
+
+
+def read_puback(packet: bytes | bytearray | memoryview) -> tuple[int, int] | None:
+    """Read what follows the remaining length of a PUBACK (MQTT 5 section 3.4, MQTT 3.1.1 section 3.4).
+
+    Returns:
+        Packet identifier and reason code, 0 where it has none; None for one that is too short.
+    """
+    if len(packet) < 2:
+        return None
+    return int.from_bytes(packet[:2], "big"), packet[2] if len(packet) > 2 else 0
+
+
+def read_length(encoded: bytes | bytearray | memoryview) -> tuple[int, int] | None:
+    """Read a variable byte integer (MQTT 5 section 1.5.5).
+
+    Args:
+        encoded: begins with it.
+
+    Returns:
+        The number and the bytes that it takes; None where its end is not among the first four.
+    """
+    length = 0
+    for at, byte in enumerate(encoded[:LONGEST_LENGTH]):
+        length |= (byte & 0x7F) << 7 * at
+        if byte < 0x80:
+            return length, at + 1
+    return None
+
+
+def publish(topic: bytes, payload: bytes, mid: int, *, retain: bool, version5: bool) -> bytes:
+    """A PUBLISH of QoS 1 without properties (MQTT 5 section 3.3).
+
+    Args:
+        topic: UTF-8, at most 65535 bytes, without wildcards.
+        payload: what it carries.
+        mid: packet identifier, not 0.
+        retain: whether the broker keeps it.
+        version5: MQTT 5, or else 3.1.1.
+    """
+    name, number = len(topic).to_bytes(2, "big") + topic, mid.to_bytes(2, "big")
+    return whole(PUBLISH | 2 | retain, b"".join((name, number, b"\0" if version5 else b"", payload)))
+
+
+def whole(first: int, rest: bytes | bytearray | memoryview) -> bytes:
+    """A packet of its first byte and what follows the remaining length."""
+    head, length = bytearray((first,)), len(rest)
+    while length > 0x7F:
+        head.append(length & 0x7F | 0x80)
+        length >>= 7
+    head.append(length)
+    return b"".join((head, rest))
 
 
 def puback(mid: int) -> bytes:
     """A PUBACK that says success (MQTT 5 section 3.4.2.1: without a reason code it does; MQTT 3.1.1 has none)."""
-    return bytes((_PUBACK, 2, mid >> 8, mid & 0xFF))
+    return bytes((PUBACK, 2, mid >> 8, mid & 0xFF))

@@ -8,9 +8,12 @@ lacks is added here: the reason code of a PUBACK, whether a session was present,
 on arrival, a window of confirmations that respects the broker's, prompt failure when a broker closes instead of
 answering, and a write path that needs no trip through the selector.
 
+Messages of QoS 1 and their confirmations, of which a gateway sees thousands per round, do not pass through paho at all
+(`stream`).
+
 It reaches into these private members of aiomqtt 2.5 and paho 2.2, nothing else in the project does:
 ``Client._client``, ``_connected``, ``_disconnected``, ``_on_*`` (aiomqtt), ``_create_socket``, ``_sock_close``,
-``_sock_send``, ``_handle_publish``, ``_in_packet`` (paho).
+``_mid_generate``, and in `stream` ``_sock_send``, ``_sock_recv`` and ``_last_bytes_received`` (paho).
 """
 
 from __future__ import annotations
@@ -26,7 +29,6 @@ from typing import Any, Final, TypeVar
 
 import aiomqtt
 import paho.mqtt.client as paho
-from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
@@ -34,10 +36,11 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from fleetfed.shared.errors import LocalProtocolError
 from fleetfed.shared.mqtt.config import ConnectionConfig, Will
 from fleetfed.shared.mqtt.errors import PACKET_TOO_LARGE, PublishRefusedError, SessionLostError, SubscribeRefusedError
-from fleetfed.shared.mqtt.frames import puback, read_publish
+from fleetfed.shared.mqtt.frames import Publish, puback, publish
 from fleetfed.shared.mqtt.meter import ByteMeter
 from fleetfed.shared.mqtt.properties import connect_properties
 from fleetfed.shared.mqtt.sockets import open_socket
+from fleetfed.shared.mqtt.stream import Stream
 from fleetfed.shared.mqtt.tls import TlsFiles, client_context
 
 T = TypeVar("T")
@@ -48,9 +51,8 @@ _FILTERS_PER_PACKET: Final = 8
 _PUBLISH_OVERHEAD: Final = 16
 """Bytes around topic and payload in a PUBLISH without properties, rounded up."""
 
-_GATHERED: Final = 64 * 1024
-"""Bytes of packets that leave in one go: a turn's many small ones share a TLS record and a system call."""
-_DISCONNECT: Final = 0xE0
+_ANY_SIZE: Final = 1 << 28
+"""Bytes that MQTT can say; an MQTT 3.1.1 broker cannot be told of less."""
 
 _GOODBYE: Final = 1.0
 """Seconds to get a DISCONNECT out before the socket is just closed."""
@@ -149,15 +151,16 @@ class Link(aiomqtt.Client):
         self._refused: int | None = None
         self._reached = False
         self._abandoned = False
-        self._reading = True
-        self._fd = -1
-        self._gathered = bytearray()
-        self._acks = bytearray()
-        # Whether a part of one of paho's packets has left, and nothing may come before the rest of it.
-        self._midway = False
-        self._paho_publish = self._client._handle_publish
-        self._client._handle_publish = self._take_publish  # type: ignore[method-assign]
-        self._client._sock_send = self._gather  # type: ignore[method-assign, assignment]
+        self._stream = Stream(
+            self._client,
+            self._loop,
+            version5=version5,
+            most=config.max_packet if version5 else _ANY_SIZE,
+            window=config.receive_maximum,
+            on_publish=self._received,
+            on_puback=self._settle,
+            on_broken=self._abandon,
+        )
         self._client.manual_ack_set(True)
         self._client.connect_timeout = config.connect_timeout
         self._client._create_socket = self._create_socket  # type: ignore[method-assign]
@@ -198,29 +201,40 @@ class Link(aiomqtt.Client):
             PublishRefusedError: the broker refused it, or it is larger than the broker takes.
             LocalProtocolError: the topic is not one to publish on.
         """
-        if len(payload) + 4 * len(topic) + _PUBLISH_OVERHEAD > self._max_packet:
-            raise PublishRefusedError(topic, PACKET_TOO_LARGE)
-        await self._window.acquire()
-        if self.lost.done():
-            self._window.release()
-            raise SessionLostError(self.lost.result())
-        try:
-            info = self._client.publish(topic, payload, qos, retain)
-        except ValueError as error:
-            self._window.release()
-            raise LocalProtocolError(f"{topic}: {error}") from error
-        if info.rc != paho.MQTT_ERR_SUCCESS:
-            self._window.release()
-            raise SessionLostError(paho.error_string(info.rc))
-        # paho writes in a later turn of the loop, so that the answer cannot come before this line.
-        answer: asyncio.Future[int] = self._loop.create_future()
-        self._unconfirmed[info.mid] = answer
-        code = await answer
+        code = await (await self._begin(topic, payload, qos, retain))
         if code < 0:
             raise SessionLostError(self.lost.result())
         if code >= 0x80:
             raise PublishRefusedError(topic, code)
         self._meter.add_payload(sent=len(payload))
+
+    async def _begin(self, topic: str, payload: bytes, qos: int, retain: bool) -> asyncio.Future[int]:
+        """Queue a message as soon as the broker's window allows; the future gets its reason code, -1 for a loss.
+
+        Raises:
+            SessionLostError, PublishRefusedError, LocalProtocolError: as `publish_confirmed`.
+        """
+        name = topic.encode()
+        if len(payload) + len(name) + _PUBLISH_OVERHEAD > self._max_packet:
+            raise PublishRefusedError(topic, PACKET_TOO_LARGE)
+        if not 0 < len(name) < 1 << 16 or any(each in topic for each in "+#\0"):
+            raise LocalProtocolError(f"{topic!r} is no topic to publish on")
+        await self._window.acquire()
+        if self.lost.done():
+            self._window.release()
+            raise SessionLostError(self.lost.result())
+        if qos == 1:
+            mid = self._client._mid_generate()
+            self._stream.send(publish(name, payload, mid, retain=retain, version5=self._version5))
+        else:
+            info = self._client.publish(topic, payload, qos, retain)
+            if info.rc != paho.MQTT_ERR_SUCCESS:
+                self._window.release()
+                raise SessionLostError(paho.error_string(info.rc))
+            mid = info.mid
+        # What was queued is written in a later turn of the loop, so that the answer cannot come before this line.
+        answer = self._unconfirmed[mid] = self._loop.create_future()
+        return answer
 
     async def subscribe_all(self, filters: Sequence[str]) -> None:
         """Subscribe at QoS 1; the effective quality is the publisher's where that is lower.
@@ -253,26 +267,21 @@ class Link(aiomqtt.Client):
         """Tell the broker that ``message`` was handled; harmless once the connection is gone."""
         if self.lost.done():
             return
+        self._stream.handled()
         if message.qos == 1:
-            if not self._acks:
-                self._loop.call_soon(self._write)
-            self._acks += puback(message.mid)
+            self._stream.send_along(puback(message.mid))
         elif message.qos:
             self._client.ack(message.mid, message.qos)
 
     def pause_reading(self) -> None:
         """Leave what the broker sends in the kernel's buffer, so that TCP holds it back."""
-        if self._reading and not self.lost.done():
-            self._reading = False
-            self._loop.remove_reader(self._fd)
+        if not self.lost.done():
+            self._stream.pause_reading()
 
     def resume_reading(self) -> None:
         """Read again."""
-        if not self._reading and not self.lost.done():
-            self._reading = True
-            self._loop.add_reader(self._fd, self._read)
-            # Bytes that TLS already decrypted do not show as readable.
-            self._loop.call_soon(self._read)
+        if not self.lost.done():
+            self._stream.resume_reading()
 
     @property
     def awaiting(self) -> int:
@@ -317,18 +326,13 @@ class Link(aiomqtt.Client):
     def _on_socket_open(self, client: paho.Client, userdata: Any, sock: Any) -> None:
         def start() -> None:
             if sock.fileno() >= 0 and not self._abandoned:
-                self._fd = sock.fileno()
-                self._loop.add_reader(self._fd, self._read)
+                self._stream.start(sock.fileno())
                 self._misc_task = self._loop.create_task(self._misc_loop())
 
         self._loop.call_soon_threadsafe(start)
 
     def _on_socket_register_write(self, client: paho.Client, userdata: Any, sock: Any) -> None:
-        # A plain turn of the loop instead of the selector: all messages of one turn leave in one go.
-        if threading.get_ident() == self._thread:
-            self._loop.call_soon(self._write)
-        else:
-            self._loop.call_soon_threadsafe(self._write)
+        self._stream.write_soon()
 
     def _on_socket_unregister_write(self, client: paho.Client, userdata: Any, sock: Any) -> None:
         self._loop.remove_writer(sock.fileno())
@@ -337,8 +341,7 @@ class Link(aiomqtt.Client):
         self._meter.closing(sock)
         fd = sock.fileno()
         if fd >= 0 and threading.get_ident() == self._thread:
-            self._loop.remove_reader(fd)
-            self._loop.remove_writer(fd)
+            self._stream.stop(fd)
         if self._misc_task is not None:
             self._misc_task.cancel()
 
@@ -380,16 +383,6 @@ class Link(aiomqtt.Client):
     ) -> None:
         self._settle(mid, reason_code.value)
 
-    def _take_publish(self) -> MQTTErrorCode:
-        packet = self._client._in_packet
-        found = read_publish(packet["command"], packet["packet"], version5=self._version5)
-        if found is None:
-            return self._paho_publish()
-        topic, mid, qos, retained, payload = found
-        self._meter.add_payload(received=len(payload))
-        self._deliver(Incoming(self, mid, qos, topic, payload, retained))
-        return MQTTErrorCode.MQTT_ERR_SUCCESS
-
     def _on_message(self, client: paho.Client, userdata: Any, message: paho.MQTTMessage) -> None:
         try:
             topic = message.topic
@@ -400,83 +393,13 @@ class Link(aiomqtt.Client):
             return
         payload = bytes(message.payload)
         self._meter.add_payload(received=len(payload))
+        self._stream.taken()
         self._deliver(Incoming(self, message.mid, message.qos, topic, payload, message.retain))
 
-    def _read(self) -> None:
-        try:
-            while self._reading:
-                self._client.loop_read()
-                sock = self._client.socket()
-                if not isinstance(sock, ssl.SSLSocket) or not sock.pending():
-                    break
-        except Exception as error:  # noqa: BLE001  # whatever paho trips over, the connection is not usable any more
-            _log.exception("reading from the broker")
-            self._abandon(repr(error))
-
-    def _write(self) -> None:
-        if self.lost.done():
-            return
-        try:
-            if self._acks and not self._midway:
-                self._gathered += self._acks
-                self._acks.clear()
-            self._client.loop_write()
-            self._flush()
-        except OSError as error:
-            self._abandon(str(error))
-            return
-        except Exception as error:  # noqa: BLE001  # as above
-            _log.exception("writing to the broker")
-            self._abandon(repr(error))
-            return
-        sock = self._client.socket()
-        if sock is None:
-            return
-        if self._gathered or self._acks or self._client.want_write():
-            self._loop.add_writer(sock.fileno(), self._write)
-        else:
-            self._loop.remove_writer(sock.fileno())
-
-    def _gather(self, packet: bytes | bytearray) -> int:
-        """What paho calls to send: keep the packet until the turn's last one is here.
-
-        Raises:
-            BlockingIOError: the kernel takes no more now.
-        """
-        # After a DISCONNECT paho closes the socket; to copy a large packet would save nothing.
-        alone = packet[0] == _DISCONNECT or len(packet) >= _GATHERED
-        if alone or len(self._gathered) >= _GATHERED:
-            self._flush()
-            if self._gathered:
-                raise BlockingIOError
-        self._midway = alone
-        if alone:
-            sent = self._send_now(packet)
-            self._midway = sent < len(packet)
-            return sent
-        self._gathered += packet
-        return len(packet)
-
-    def _flush(self) -> None:
-        """Hand what was gathered to the kernel, as far as it takes it."""
-        while self._gathered:
-            try:
-                # A copy: OpenSSL may look at what it could not send for longer than this call, and a buffer in use
-                # cannot grow.
-                sent = self._send_now(bytes(self._gathered))
-            except BlockingIOError:
-                return
-            del self._gathered[:sent]
-
-    def _send_now(self, data: bytes | bytearray) -> int:
-        # Not paho's own, which asks for another turn at once where the kernel's buffer is full.
-        sock = self._client.socket()
-        if sock is None:
-            raise ConnectionError("no socket")
-        try:
-            return sock.send(data)
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-            raise BlockingIOError from error
+    def _received(self, message: Publish) -> None:
+        topic, mid, qos, retained, payload = message
+        self._meter.add_payload(received=len(payload))
+        self._deliver(Incoming(self, mid, qos, topic, payload, retained))
 
     def _settle(self, mid: int, code: int) -> None:
         answer = self._unconfirmed.pop(mid, None)

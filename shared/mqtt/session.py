@@ -350,6 +350,7 @@ class Session:
         full = self._messages >= self.config.queue_messages or self._bytes >= self.config.queue_bytes
         if full and message.qos == 0:
             self._dropped += 1
+            message.link.confirm(message)
             return
         self._messages += 1
         self._bytes += len(message.payload)

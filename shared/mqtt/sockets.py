@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import socket
 import ssl
+from typing import TYPE_CHECKING
 
 from fleetfed.shared.mqtt.meter import ByteMeter, kernel_count
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 def open_socket(
@@ -48,7 +52,7 @@ def close_socket(sock: socket.socket, meter: ByteMeter) -> None:
 
 
 def _counting(sock: socket.socket, host: str, context: ssl.SSLContext | None, meter: ByteMeter) -> socket.socket:
-    """A socket that counts in ``send`` and ``recv``, the two calls that paho makes.
+    """A socket that counts in ``send``, ``recv`` and ``recv_into``, the calls that paho and `link` make.
 
     Inside TLS this misses the handshake and about 29 bytes per record; OpenSSL writes to the descriptor itself.
     """
@@ -78,6 +82,11 @@ class _CountingSocket(socket.socket):
         self.meter.add_wire(received=len(data))
         return data
 
+    def recv_into(self, buffer: Buffer, size: int = 0, flags: int = 0) -> int:
+        count = super().recv_into(buffer, size, flags)
+        self.meter.add_wire(received=count)
+        return count
+
 
 class _CountingTlsSocket(ssl.SSLSocket):
     meter: ByteMeter
@@ -91,3 +100,8 @@ class _CountingTlsSocket(ssl.SSLSocket):
         data = super().recv(size, flags)
         self.meter.add_wire(received=len(data))
         return data
+
+    def recv_into(self, buffer: Buffer, size: int | None = None, flags: int = 0) -> int:
+        count = super().recv_into(buffer, size, flags)
+        self.meter.add_wire(received=count)
+        return count

@@ -123,6 +123,10 @@ class Assembler:
         """
         try:
             chunk = parse_chunk(frame)
+            if chunk.count == 1 and chunk.message_id != self._message_id:
+                # Whole as it is: no memory need be reserved.
+                head = self._admitted(chunk)
+                return head, chunk.data[head.size :]
             if chunk.index == 0 and chunk.message_id != self._message_id:
                 self._begin(chunk)
             if chunk.message_id != self._message_id or self._head is None:
@@ -132,7 +136,8 @@ class Assembler:
             self.clear()
             raise
 
-    def _begin(self, chunk: Chunk) -> None:
+    def _admitted(self, chunk: Chunk) -> Head:
+        """The head in chunk 0, once it was admitted."""
         self.clear()
         head = parse_head(chunk.data)
         if head.header.message_id != chunk.message_id:
@@ -142,6 +147,10 @@ class Assembler:
         if chunk.size > head.message_size:
             raise RemoteProtocolError(RejectReason.MALFORMED, f"{chunk.size - head.message_size} bytes too many")
         self._admit(head)
+        return head
+
+    def _begin(self, chunk: Chunk) -> None:
+        head = self._admitted(chunk)
         self._message_id = chunk.message_id
         self._head = head
         self._count = chunk.count

@@ -65,10 +65,10 @@ def decompress(frame: bytes | bytearray | memoryview, *, size: int) -> bytes:
     """
     if len(frame) > max_compressed(size):
         raise RemoteProtocolError(RejectReason.TOO_LARGE, f"{len(frame)} compressed bytes for {size}")
-    raw = bytes(frame)
+    raw = memoryview(frame)
     if len(raw) < 6:
         raise RemoteProtocolError(RejectReason.TRUNCATED, f"{len(raw)} bytes are no zstd frame")
-    if raw[:4] != _MAGIC:
+    if bytes(raw[:4]) != _MAGIC:
         raise RemoteProtocolError(RejectReason.DECOMPRESSION, "not a zstd frame")
     try:
         header = zstandard.frame_header_size(raw)
@@ -97,7 +97,7 @@ def decompress(frame: bytes | bytearray | memoryview, *, size: int) -> bytes:
     return content
 
 
-def _check_blocks(raw: bytes, at: int, checksum: bool, most: int) -> None:
+def _check_blocks(raw: memoryview, at: int, checksum: bool, most: int) -> None:
     """Follow the block headers (RFC 8878, 3.1.1.2) to the frame's end and compare it with the end of the bytes."""
     for _ in range(most):
         if at + _BLOCK_HEADER > len(raw):

@@ -203,6 +203,7 @@ async def test_a_revoked_devices_update_is_taken_out_before_the_proposal(bench: 
     plan, hash = bench.open_round()
     for number, name in enumerate(DEVICES[:2]):
         bench.update(name, fleet.update(name, plan, hash, number=number))
+    await bench.quiet()
     serial = fleet.identity("d-0", Role.DEVICE, "north").certificate.serial
     bench.inbound.receive(bench.upstream.broadcast(Broadcast.REVOKED), fleet.revocations(2, (serial,)))
     bench.update("d-2", fleet.update("d-2", plan, hash, number=2))

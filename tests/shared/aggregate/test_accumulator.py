@@ -57,6 +57,31 @@ def flat(ring: Ring, updates: list[Update]) -> Partial:
     return total.report()
 
 
+def in_lanes(ring: Ring, updates: list[Update]) -> np.ndarray:
+    """The words, by lanes alone."""
+    words = ring.layout.zeros()
+    for values, meta in updates:
+        ring.layout.add(words, values, meta)
+    return words
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7, 8, 9, 12])
+def test_hundreds_of_contributions_are_what_their_lanes_add_up_to(bits: int) -> None:
+    ring = ring_for((30, 7), bits, 700)
+    rng = np.random.default_rng(bits)
+    extreme = np.full(ring.layout.dimension, -levels(bits), dtype=np.int8 if bits <= 8 else np.int16)
+    updates = [update(ring, int(seed)) for seed in rng.integers(0, 1 << 30, 20)]
+    updates = [each for each in updates for _ in range(10)] + [(extreme, updates[0][1])] * 400
+    total = Accumulator(ring, capacity=700)
+    for number, (values, meta) in enumerate(updates):
+        total.accumulate(values, meta)
+        if number % 150 == 149:
+            total = Accumulator.restore(total.snapshot(), ring)
+    for values, meta in updates[:50]:
+        total.subtract(values, meta)
+    assert np.array_equal(total.report().words, in_lanes(ring, updates[50:]))
+
+
 def over_the_wire(partial: Partial) -> Partial:
     return decode_words(encode_words(partial), partial.ring, count=partial.count)
 

@@ -10,7 +10,7 @@ from paho.mqtt._packet import decode_publish
 from fleetfed.broker.codec import decode, encode, frame
 from fleetfed.broker.packets import V3, V5, PubAck, Publish
 from fleetfed.broker.properties import Property
-from fleetfed.shared.mqtt.frames import puback, read_publish
+from fleetfed.shared.mqtt.frames import puback, publish, read_length, read_puback, read_publish
 
 TOPICS = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="+#\0"), min_size=1, max_size=20)
 
@@ -65,3 +65,38 @@ def test_an_acknowledgement_is_one(mid: int) -> None:
         packet = decode(raw[0], memoryview(raw)[2:], version)
         assert isinstance(packet, PubAck)
         assert (packet.packet_id, packet.code) == (mid, 0)
+
+
+@given(
+    topic=TOPICS,
+    payload=st.binary(max_size=300) | st.just(bytes(20_000)),
+    mid=st.integers(1, 65535),
+    retain=st.booleans(),
+    version=st.sampled_from([V3, V5]),
+)
+def test_a_message_is_one(topic: str, payload: bytes, mid: int, retain: bool, version: int) -> None:
+    raw = publish(topic.encode(), payload, mid, retain=retain, version5=version == V5)
+    head = frame(memoryview(raw), 0, len(raw))
+    assert head is not None
+    packet = decode(raw[0], memoryview(raw)[head[0] :], version)
+    assert isinstance(packet, Publish)
+    assert (packet.topic, bytes(packet.payload), packet.packet_id) == (topic, payload, mid)
+    assert (packet.qos, packet.retain, packet.dup) == (1, retain, False)
+
+
+@given(mid=st.integers(1, 65535), code=st.sampled_from([0, 0x10, 0x80, 0x87, 0x97]), version=st.sampled_from([V3, V5]))
+def test_a_confirmation_is_understood(mid: int, code: int, version: int) -> None:
+    raw = bytes(encode(PubAck(packet_id=mid, code=code if version == V5 else 0), version))
+    assert read_puback(raw[2:]) == (mid, code if version == V5 else 0)
+    assert read_puback(raw[2:3]) is None
+
+
+@given(st.binary(max_size=6))
+def test_a_length_is_read_or_is_none(encoded: bytes) -> None:
+    found = read_length(encoded)
+    if found is None:
+        assert all(byte >= 0x80 for byte in encoded[:4])
+    else:
+        length, size = found
+        assert 0 <= length < 1 << 28
+        assert 1 <= size <= 4

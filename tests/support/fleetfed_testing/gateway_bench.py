@@ -264,7 +264,7 @@ class Bench:
         """The words of the sum as it stands, masked or not."""
         total = self.performer._sum
         assert total is not None
-        return np.copy(total._own._words) + total._below._words
+        return np.copy(total._own._whole()) + total._below._whole()
 
 
 def messages(frames: list[bytes]) -> list[tuple[Head, bytes]]:
