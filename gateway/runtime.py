@@ -343,7 +343,10 @@ class Gateway:
     # --- Connections ---------------------------------------------------------------------------------------------
 
     def _presence(self, life: Life, *, since: int) -> bytes:
-        return codec.encode(Presence(life=life, session=self._life, since=since, software=software("gateway")))
+        serial = self.certificate.serial
+        return codec.encode(
+            Presence(life=life, session=self._life, since=since, software=software("gateway"), serial=serial)
+        )
 
     async def _say(self, session: Session, topic: str, payload: bytes) -> None:
         try:
