@@ -428,7 +428,10 @@ class Gateway:
         write_atomic(self.config.state / "revoked.bin", raw)
         self._revoked_raw = raw
         self.performer.publish(self._below, self.site.broadcast(Broadcast.REVOKED), raw, retain=True)
+        before = {device for device, _ in self.machine.members.lives(Kind.DEVICE)}
         self._fed(ev.Revoked(serials=frozenset(self._verifier.revocations.serials)))
+        for device in before.difference(device for device, _ in self.machine.members.lives(Kind.DEVICE)):
+            self.tales.forget(device)
 
     def _new_trust(self, raw: bytes) -> None:
         try:
