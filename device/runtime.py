@@ -211,6 +211,8 @@ class DeviceRuntime:
         elif isinstance(item, Renewed):
             # What is signed already keeps the certificate that it was signed with, and is sent as it is.
             self._signer = item.identity.signer(sequence=self._sequence, randomness=os.urandom)
+            # What its gateway knows it by: a later revocation no more names the certificate that has run out.
+            self._sender.once(self._up(Verb.STATE), self._presence(Life.READY), retain=True)
         deadline = self._machine.next_deadline()
         if deadline is not None and deadline <= self._clock():
             self._handle(TimerFired())
@@ -437,6 +439,7 @@ class DeviceRuntime:
                 since=since,
                 software=self._software[:100],
                 labels=self._settings.labels,
+                serial=self._signer.certificate.serial,
             )
         )
 

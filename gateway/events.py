@@ -63,7 +63,7 @@ class PresenceArrived:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemberChanged:
-    """A member's life, as presence tells it, changed; None: it left for good."""
+    """A member's life, as presence tells it, changed; None: it left for good, or was revoked."""
 
     kind: Kind
     member: str

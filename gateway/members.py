@@ -2,7 +2,8 @@
 
 Presence is unsigned and decides only who is waited for (docs/protocol.md, rule 5). A will is the broker's word about a
 connection that broke; one that names another session than the last birth speaks of a connection that was replaced
-since and is ignored, as Sparkplug's bdSeq does. No I/O.
+since and is ignored, as Sparkplug's bdSeq does. Who names a revoked certificate is not there: the broker refuses it by
+then, and keeps its last word for ever. No I/O.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Member:
         session: random per process of the member.
         since: unix milliseconds; when the state began, by the member's clock or ours for a will.
         software: name and version of its program.
+        serial: of its certificate, as it says itself; 0 for unknown.
         census: of a gateway, the last it published.
     """
 
@@ -40,6 +42,7 @@ class Member:
     session: int
     since: int
     software: str = ""
+    serial: int = 0
     census: Census | None = None
 
 
@@ -53,6 +56,7 @@ class Members:
     def __init__(self, *, limit: int = limits.MAX_COHORT) -> None:
         self._limit = limit
         self._known: dict[Kind, dict[str, Member]] = {Kind.DEVICE: {}, Kind.GATEWAY: {}}
+        self._revoked: frozenset[int] = frozenset()
 
     def presence(self, kind: Kind, member: str, presence: Presence, *, now: int) -> bool:
         """Take a retained presence or a will; return whether anything changed.
@@ -62,14 +66,21 @@ class Members:
         """
         known = self._known[kind]
         old = known.get(member)
+        serial = presence.serial
+        if presence.life is Life.LOST and old is not None:
+            if old.session != presence.session:
+                raise RemoteProtocolError(RejectReason.REPLAYED, f"a will of {member}'s session before the last")
+            # A will is older than the certificate that its device has renewed since.
+            serial = old.serial
+        if serial in self._revoked:
+            return self.gone(kind, member)
         if old is None and len(known) >= self._limit:
             raise RemoteProtocolError(RejectReason.OVERLOADED, f"{len(known)} members of kind {kind.name}")
-        if presence.life is Life.LOST and old is not None and old.session != presence.session:
-            raise RemoteProtocolError(RejectReason.REPLAYED, f"a will of {member}'s session before the last")
-        if old is not None and (old.life, old.session, old.software) == (
+        if old is not None and (old.life, old.session, old.software, old.serial) == (
             presence.life,
             presence.session,
             presence.software or old.software,
+            serial,
         ):
             return False
         # A will cannot carry its time or the labels of its birth.
@@ -78,6 +89,7 @@ class Members:
             session=presence.session,
             since=presence.since or now,
             software=presence.software or (old.software if old else ""),
+            serial=serial,
             census=old.census if old else None,
         )
         return True
@@ -85,6 +97,19 @@ class Members:
     def gone(self, kind: Kind, member: str) -> bool:
         """The retained presence was cleared: the member left the site for good. Return whether it was known."""
         return self._known[kind].pop(member, None) is not None
+
+    def revoke(self, serials: frozenset[int]) -> list[tuple[Kind, str]]:
+        """Take the revocation list in force: forget whose presence names a certificate on it; return whom."""
+        self._revoked = serials - {0}
+        void = [
+            (kind, name)
+            for kind, known in self._known.items()
+            for name, member in known.items()
+            if member.serial in self._revoked
+        ]
+        for kind, name in void:
+            self.gone(kind, name)
+        return void
 
     def census_of(self, gateway: str, census: Census, *, now: int) -> bool:
         """Take a verified census of a gateway below; return whether anything changed.

@@ -343,7 +343,10 @@ class Gateway:
     # --- Connections ---------------------------------------------------------------------------------------------
 
     def _presence(self, life: Life, *, since: int) -> bytes:
-        return codec.encode(Presence(life=life, session=self._life, since=since, software=software("gateway")))
+        serial = self.certificate.serial
+        return codec.encode(
+            Presence(life=life, session=self._life, since=since, software=software("gateway"), serial=serial)
+        )
 
     async def _say(self, session: Session, topic: str, payload: bytes) -> None:
         try:
@@ -426,7 +429,10 @@ class Gateway:
         write_atomic(self.config.state / "revoked.bin", raw)
         self._revoked_raw = raw
         self.performer.publish(self._below, self.site.broadcast(Broadcast.REVOKED), raw, retain=True)
+        before = {device for device, _ in self.machine.members.lives(Kind.DEVICE)}
         self._fed(ev.Revoked(serials=frozenset(self._verifier.revocations.serials)))
+        for device in before.difference(device for device, _ in self.machine.members.lives(Kind.DEVICE)):
+            self.tales.forget(device)
 
     def _new_trust(self, raw: bytes) -> None:
         try:

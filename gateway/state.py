@@ -306,7 +306,7 @@ class GatewayMachine(Machine[GatewayState]):
         if not changed:
             return []
         self._census_due = self._census_time(now)
-        life = event.presence.life if event.presence else None
+        life = self.members.life(event.kind, event.member)
         return self._to_round(ev.MemberChanged(kind=event.kind, member=event.member, life=life), now)
 
     def _census_below(self, event: ev.CensusArrived, now: int) -> list[Any]:
@@ -397,7 +397,11 @@ class GatewayMachine(Machine[GatewayState]):
 
     def _revoked(self, event: ev.Revoked, now: int) -> list[Any]:
         self._serials = event.serials
-        return self._to_round(event, now)
+        out = self._to_round(event, now)
+        for kind, member in self.members.revoke(event.serials):
+            self._census_due = self._census_time(now)
+            out += self._to_round(ev.MemberChanged(kind=kind, member=member, life=None), now)
+        return out
 
     TABLE: ClassVar[dict[tuple[Any, type], Edge]] = {
         **{(state, ev.PlanArrived): Edge("_plan", *_ANY) for state in _ANY},

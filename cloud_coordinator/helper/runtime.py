@@ -227,7 +227,10 @@ class Helper:
                 await self._feed(TimerFired())
 
     def _presence(self, life: Life, *, since: int) -> bytes:
-        return codec.encode(Presence(life=life, session=self._life, since=since, software=software("helper")))
+        serial = self._signer.certificate.serial
+        return codec.encode(
+            Presence(life=life, session=self._life, since=since, software=software("helper"), serial=serial)
+        )
 
     async def _on_connect(self, session_present: bool) -> None:
         await self._greet()

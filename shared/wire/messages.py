@@ -391,6 +391,7 @@ class Presence:
         since: when the state began; 0 in a will.
         software: name and version of the program.
         labels: a device's own labels.
+        serial: of the member's certificate, so that nobody waits for who is revoked; 0 for unknown.
     """
 
     life: Life
@@ -398,6 +399,7 @@ class Presence:
     since: Millis = 0
     software: Annotated[str, Length(0, 100)] = ""
     labels: Annotated[dict[str, str], Length(0, 32)] = field(default_factory=dict)
+    serial: Count = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

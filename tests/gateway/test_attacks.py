@@ -161,7 +161,29 @@ async def test_a_revoked_device(scene: Scene) -> None:
 
 
 async def test_a_round_does_not_wait_for_a_revoked_device(bench: Bench) -> None:
-    bench.present("d-good", DEVICE)
+    serial = bench.fleet.identity(DEVICE, Role.DEVICE, "north").certificate.serial
+    topic = bench.upstream.broadcast(Broadcast.REVOKED)
+    bench.present("d-good")
+    bench.present(DEVICE, serial=serial)
+    plan, hash = bench.open_round()
+    bench.update("d-good", bench.fleet.update("d-good", plan, hash))
+    await bench.quiet()
+    assert bench.proposals() == []
+    bench.inbound.receive(topic, bench.fleet.revocations(2, (serial,)))
+    await bench.quiet()
+    assert len(bench.proposals()[0][1].heads) == 1
+    bench.end_round(1, hash)
+    # What the broker retained of it, on a new connection.
+    bench.present(DEVICE, serial=serial)
+    plan, hash = bench.open_round(2)
+    bench.update("d-good", bench.fleet.update("d-good", plan, hash))
+    await bench.quiet()
+    assert len(bench.proposals()) == 2
+
+
+async def test_a_revoked_device_that_hides_its_certificate_is_waited_for_until_it_sends(bench: Bench) -> None:
+    bench.present("d-good")
+    bench.present(DEVICE, serial=12345)
     plan, hash = bench.open_round()
     message = bench.fleet.update(DEVICE, plan, hash)
     serial = bench.fleet.identity(DEVICE, Role.DEVICE, "north").certificate.serial

@@ -152,7 +152,8 @@ async def test_a_round_from_the_manifest_to_the_receipt(site: Site) -> None:
 
     state = site.up.up(Kind.GATEWAY, "g-north", Verb.STATE)
     await eventually(lambda: coordinator.heard[state])
-    assert codec.decode(Presence, coordinator.last(state), limit=65536).life is Life.READY
+    said = codec.decode(Presence, coordinator.last(state), limit=65536)
+    assert (said.life, said.serial) == (Life.READY, gateway.certificate.serial)
     await eventually(lambda: all(device.heard[north.broadcast(Broadcast.MODEL)] for device in devices))
     census_topic = site.up.up(Kind.GATEWAY, "g-north", Verb.CENSUS)
     await eventually(

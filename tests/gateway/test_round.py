@@ -684,6 +684,74 @@ def test_many_changes_share_one_census() -> None:
     assert machine.next_deadline() == T0 + CENSUS_SOON + CENSUS_EVERY
 
 
+def there(member: str, *, kind: Kind = Kind.DEVICE) -> ev.PresenceArrived:
+    """A member is ready and names the certificate that its updates have."""
+    presence = Presence(life=Life.READY, session=1, serial=update(member).serial)
+    return ev.PresenceArrived(kind=kind, member=member, presence=presence)
+
+
+def revoke(*members: str) -> ev.Revoked:
+    return ev.Revoked(serials=frozenset(update(member).serial for member in members))
+
+
+def with_round(*devices: str, gateways: tuple[str, ...] = ()) -> tuple[GatewayMachine, RoundMachine, Digest]:
+    """A machine that knows these members, and the round that it has opened for them."""
+    machine, event = gateway(), plan_event(1)
+    machine.handle(ev.UpstreamConnected(), T0)
+    machine.handle(ev.SiteConnected(T0), T0)
+    machine.handle(served(), T0)
+    for kind, names in ((Kind.DEVICE, devices), (Kind.GATEWAY, gateways)):
+        for name in names:
+            machine.handle(there(name, kind=kind), T0)
+    machine.handle(event, T0)
+    assert machine.round is not None
+    return machine, machine.round, event.hash
+
+
+def test_a_round_closes_with_the_list_that_revokes_all_who_are_still_awaited() -> None:
+    machine, rnd, plan = with_round("a", "b", "c", gateways=("g-1",))
+    machine.handle(update("a", plan=plan), T0)
+    assert machine.handle(revoke("b"), T0) == []
+    assert rnd.expected == {"a", "c"}
+    instructions = machine.handle(revoke("b", "c", "g-1"), T0)
+    assert kinds(instructions) == ["MakeProposal"]
+    assert (rnd.expected, rnd.expected_gateways) == ({"a"}, set())
+    machine.validate()
+    (sent,) = machine.handle(TimerFired(), T0 + CENSUS_SOON)
+    assert (sent.census.devices, sent.census.ready, sent.census.answered, sent.census.expected) == (1, 1, 1, 1)
+
+
+def test_a_revoked_device_that_has_answered_stays_expected_and_its_update_is_not_proposed() -> None:
+    machine, rnd, plan = with_round("a", "b")
+    machine.handle(update("a", plan=plan), T0)
+    assert machine.handle(revoke("a"), T0) == [], "the other is still awaited"
+    assert rnd.expected == {"a", "b"}
+    assert kinds(machine.handle(update("b", plan=plan), T0))[-2:] == ["DropUpdates", "MakeProposal"]
+    assert rnd.record.own_part() == (name_of("b/0"),)
+    machine.validate()
+
+
+def test_a_presence_that_names_a_certificate_revoked_before_is_not_awaited() -> None:
+    machine, rnd, plan = with_round("a")
+    machine.handle(revoke("b", "c"), T0)
+    machine.handle(there("b"), T0)
+    machine.handle(there("c", kind=Kind.GATEWAY), T0)
+    assert (rnd.expected, rnd.expected_gateways) == ({"a"}, set())
+    assert kinds(machine.handle(update("a", plan=plan), T0))[-1] == "MakeProposal"
+    # Nor in the next round.
+    machine.handle(there("b"), T0)
+    machine.handle(plan_event(2), T0)
+    assert machine.round is not None
+    assert (machine.round.expected, machine.round.expected_gateways) == ({"a"}, set())
+    machine.validate()
+
+
+def test_a_site_of_revoked_devices_alone_proposes_nothing_at_once() -> None:
+    machine, rnd, _ = with_round("a", "b")
+    assert kinds(machine.handle(revoke("a", "b"), T0)) == ["MakeProposal"]
+    assert (rnd.contributors, rnd.expected) == (0, set())
+
+
 def test_the_diagrams_show_every_state() -> None:
     assert all(f" {state} -->" in RoundMachine.diagram() for state in RoundState)
     assert all(f" {state} -->" in GatewayMachine.diagram() for state in GatewayState)

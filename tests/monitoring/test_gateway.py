@@ -33,7 +33,7 @@ from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.wire import codec
 from fleetfed.shared.wire.messages import Life, Presence
 from fleetfed.shared.wire.telemetry import Telemetry
-from fleetfed.shared.wire.topics import Kind, SiteTopics, Verb
+from fleetfed.shared.wire.topics import CLOUD_SITE, Broadcast, Kind, SiteTopics, Verb
 
 NORTH = SiteTopics("demo", "north")
 
@@ -56,8 +56,8 @@ class World:
         )
         self.port = 0
 
-    async def presence(self, device: str, life: Life) -> None:
-        payload = codec.encode(Presence(life=life, session=1, since=unix_ms()))
+    async def presence(self, device: str, life: Life, *, serial: int = 0) -> None:
+        payload = codec.encode(Presence(life=life, session=1, since=unix_ms(), serial=serial))
         await self.devices.publish(NORTH.up(Kind.DEVICE, device, Verb.STATE), payload, retain=True)
 
     async def tell(self, device: str, payload: bytes) -> None:
@@ -150,6 +150,20 @@ async def test_lost_devices_and_nonsense_are_counted(world: World) -> None:
     assert seen.value("fleetfed_rejected_total", reason="malformed", failure="corruption") == 1
     assert seen.value("fleetfed_failures_total", failure="corruption") == 1
     assert seen.labelled("fleetfed_failures_total", "failure") == {str(mode) for mode in MODES}
+
+
+async def test_of_a_revoked_device_nothing_is_shown(world: World) -> None:
+    for serial, device in enumerate(("d-0", "d-1"), 7):
+        await world.presence(device, Life.READY, serial=serial)
+        await world.tell(device, codec.encode(Telemetry(started=1)))
+    await eventually(lambda: len(world.gateway.tales) == 2)
+    revoked = SiteTopics("demo", CLOUD_SITE).broadcast(Broadcast.REVOKED)
+    await world.devices.publish(revoked, world.fleet.revocations(1, (7,)), retain=True)
+    await eventually(lambda: len(world.gateway.tales) == 1)
+    seen = await world.scrape()
+    assert seen.labelled("fleetfed_device_connected", "device") == {"d-1"}
+    assert seen.value("fleetfed_site_devices", life="ready") == 1
+    assert seen.value("fleetfed_dropouts_total") == 0
 
 
 async def test_a_refusal_is_logged_with_whose_message_it_was(world: World, caplog: pytest.LogCaptureFixture) -> None:

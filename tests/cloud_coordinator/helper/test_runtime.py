@@ -232,6 +232,8 @@ async def test_a_coordinator_that_begins_to_listen_hears_again_what_was_retained
         await coordinator.sees(Life.READY)
         states = CLOUD.up(Kind.HELPER, NAME, Verb.STATE)
         keys, said = len(await coordinator.hears(Verb.KEY)), len(coordinator.heard[states])
+        own = coordinator.fleet.identity(NAME, Role.HELPER, "_").certificate
+        assert codec.decode(Presence, coordinator.heard[states][-1], limit=500).serial == own.serial
         birth = codec.encode(Presence(life=Life.READY, session=7, since=unix_ms()))
         await coordinator.session.publish(CLOUD.broadcast(Broadcast.NODE), birth)
         await coordinator.hears(Verb.KEY, keys + 1)
