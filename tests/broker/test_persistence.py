@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fleetfed_testing.waiting import PATIENCE
+from fleetfed_testing.waiting import PATIENCE, eventually
 
 from fleetfed.broker.codec import encode
 from fleetfed.broker.config import BrokerConfig, Limits
@@ -201,9 +201,7 @@ async def test_kill_9_keeps_retained_and_queued(kind: str, tmp_path: Path, autho
         if kind == "mosquitto":
             # It saves every other second; the embedded broker before each PUBACK.
             saved = tmp_path / "state" / "mosquitto.db"
-            async with asyncio.timeout(30):
-                while not (saved.exists() and b"queued/49" in saved.read_bytes()):
-                    await asyncio.sleep(0.05)
+            await eventually(lambda: saved.exists() and b"queued/49" in saved.read_bytes())
         await broker.kill()
         giver.abort()
         await broker.start()
