@@ -69,10 +69,12 @@ class Fleet:
         """
         self._serials.pop(gateway, None)
         known = self.censuses.pop(gateway, None) is not None or gateway in self.presences
-        if not known or gateway in self._expelled:
+        if gateway in self._expelled:
             return False
-        self._expelled.add(gateway)
-        return True
+        # Also one that nothing is known of yet: a broker may deliver what it retained in any order.
+        if known or len(self._expelled) < MAX_GATEWAYS:
+            self._expelled.add(gateway)
+        return known
 
     def life(self, gateway: str) -> Life:
         """A gateway's state; lost where it never said anything, disconnected where it was revoked."""

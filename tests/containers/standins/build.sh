@@ -9,8 +9,15 @@ trap 'rm -rf "$context"' EXIT
 has() { docker image inspect "$1" >/dev/null 2>&1; }
 
 if ! has debian:bookworm-slim && ! docker pull --quiet debian:bookworm-slim 2>/dev/null; then
-    mmdebstrap --quiet --variant=minbase --include=ca-certificates bookworm - http://deb.debian.org/debian |
-        docker import - debian:bookworm-slim
+    command -v mmdebstrap >/dev/null || {
+        echo "cannot pull debian:bookworm-slim, and cannot make it: install mmdebstrap (Debian's package)" >&2
+        exit 1
+    }
+    # Not through a pipe: a half image would stay and be kept.
+    mmdebstrap --quiet --variant=minbase --include=ca-certificates bookworm "$context/debian.tar" \
+        http://deb.debian.org/debian
+    docker import "$context/debian.tar" debian:bookworm-slim
+    rm "$context/debian.tar"
 fi
 cp "$here"/* "$context"
 cp /etc/ssl/certs/ca-certificates.crt "$context"
