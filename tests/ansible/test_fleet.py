@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.ansible.bed import DEVICES, GATEWAY, HOSTS, HUB, SECRET, Bed, Play, why_not
+from tests.ansible.bed import DEVICES, GATEWAY, HOSTS, HUB, SECRET, SITE, Bed, Play, why_not
 
 pytestmark = [
     pytest.mark.docker,
@@ -123,6 +123,10 @@ def test_a_second_run_changes_nothing(bed: Bed) -> None:
     _nothing(bed.play("site"))
 
 
+def test_a_dry_run_goes_through_and_finds_nothing_to_do(bed: Bed) -> None:
+    _nothing(bed.play("site", "--check", "--diff"))
+
+
 def test_units_are_confined_and_run_as_users_of_their_own(bed: Bed) -> None:
     for host, services in SERVICES.items():
         for service in services:
@@ -143,6 +147,28 @@ def test_keys_of_a_device_are_on_it_alone_and_its_token_is_gone(bed: Bed) -> Non
         copies = bed.shell(HUB, "find / -xdev -size 32c -type f -exec sha256sum {} + 2>/dev/null", check=False)
         assert key.split()[0] not in copies
         assert not list(bed.authority.rglob(f"{device}*"))
+
+
+def test_a_device_that_no_play_reaches_enrols_with_a_token_once(bed: Bed) -> None:
+    file = bed.folder / "tokens.txt"
+    asked = {"enrol_tokens": 2, "enrol_owner": "ward-3", "enrol_site": SITE, "enrol_lifetime": "1h"}
+    play = _good(bed.play("enrol", enrol_file=str(file), **asked))
+    assert file.stat().st_mode & 0o777 == 0o600
+    first, second = file.read_text().split()
+    assert first not in play.output
+    assert second not in play.output
+
+    def enroll(folder: str, token: str) -> str:
+        """As whoever holds the device would; its new name, or nothing."""
+        program, ca = "/opt/fleetfed/current/bin/fleetfed-device", "/var/lib/fleetfed-device/ca.pem"
+        command = f"{program} enroll --url https://{HUB}:8443 --ca {ca} --token - --identity {folder} >/dev/null"
+        return bed.shell(DEVICES[0], f"{command} && grep '^id' {folder}/fleet.toml", stdin=token, check=False)
+
+    names = enroll("/tmp/one", first), enroll("/tmp/two", second)
+    assert all(re.fullmatch(r'id = "[a-z0-9_-]+"', name) for name in names), names
+    assert names[0] != names[1]
+    assert enroll("/tmp/thief", first) == ""
+    bed.shell(DEVICES[0], "rm -r /tmp/one /tmp/two")
 
 
 def test_what_the_vault_holds_is_in_one_file_and_in_no_output(bed: Bed) -> None:
