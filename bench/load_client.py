@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import cast
 
@@ -176,36 +174,3 @@ def peak_megabytes(pid: int) -> float:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024 / 1e6
     return 0.0
-
-
-async def subscribe_only(port: int, identity: Path, client_id: str, topic_filter: str, pipe: Connection) -> None:
-    """A process that only receives: told a count, it answers when so many messages have come."""
-    loop = asyncio.get_running_loop()
-    done = asyncio.Event()
-    seen = wanted = size = 0
-    ended = 0.0
-
-    def count(_: str, payload: memoryview) -> None:
-        nonlocal seen, size, ended
-        seen += 1
-        size += len(payload)
-        if seen == wanted:
-            ended = time.monotonic()
-            done.set()
-
-    # As the gateway's session: 64 messages ahead of the confirmation.
-    line = Line(client_id, [topic_filter], count, receive_maximum=64)
-    await line.connect(port, identity)
-    pipe.send("ready")
-    while (wanted := await loop.run_in_executor(None, pipe.recv)) is not None:
-        seen, size, cpu = 0, 0, cpu_seconds(os.getpid())
-        done.clear()
-        pipe.send("listening")
-        while True:
-            try:
-                await asyncio.wait_for(done.wait(), KEEPALIVE / 2)
-                break
-            except TimeoutError:
-                line.ping()
-        pipe.send((ended, size, cpu_seconds(os.getpid()) - cpu))
-    line.close()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from load_client import KEEPALIVE, Line, cpu_seconds, subscribe_only
+from load_client import KEEPALIVE, Line, cpu_seconds
 
 from fleetfed.broker.packets import Will
 from fleetfed.device import update as updates
@@ -109,7 +109,7 @@ class SimulatedDevice:
     async def connect(self, port: int, *, silent: bool) -> Line:
         """A session like a device's; a silent one, on the broker that is measured alone, only sends."""
         if silent:
-            line = Line(self.id, [self._topics.all_down(Kind.DEVICE, self.id)], lambda *_: None)
+            line = Line(self.id, [self._topics.all_down(Kind.DEVICE, self.id)], lambda *_: self.settled())
             await line.connect(port, self.folder)
             return line
         state = self._topics.up(Kind.DEVICE, self.id, Verb.STATE)
@@ -352,6 +352,24 @@ class Workers:
         assert not any(line.refused for line in self._silent)
         return {"cpu": cpu_seconds(os.getpid()) - cpu, "first": first}
 
+    async def answered(self, start: float) -> dict[str, Any]:
+        """The same, to a peer that answers each; wait for the answers."""
+        done, came, last = asyncio.Event(), 0, 0.0
+
+        def settled() -> None:
+            nonlocal came, last
+            came += 1
+            if came == len(self.devices):
+                last = time.monotonic()
+                done.set()
+
+        for device in self.devices:
+            device.settled = settled
+        before = cpu_seconds(os.getpid())
+        found = await self.alone(start)
+        await done.wait()
+        return found | {"cpu": cpu_seconds(os.getpid()) - before, "last": last}
+
 
 async def _until(start: float) -> None:
     await asyncio.sleep(max(0.0, start - time.monotonic()))
@@ -364,8 +382,3 @@ def simulate(crew: Crew, pipe: Connection) -> None:
         await Workers(crew, pipe).run()
 
     asyncio.run(main())
-
-
-def receive(port: int, identity: Path, client_id: str, topic_filter: str, pipe: Connection) -> None:
-    """The process of the subscriber that only receives."""
-    asyncio.run(subscribe_only(port, identity, client_id, topic_filter, pipe))
