@@ -161,14 +161,16 @@ def test_a_device_that_no_play_reaches_enrols_with_a_token_once(bed: Bed) -> Non
     def enroll(folder: str, token: str) -> str:
         """As whoever holds the device would; its new name, or nothing."""
         program, ca = "/opt/fleetfed/current/bin/fleetfed-device", "/var/lib/fleetfed-device/ca.pem"
-        command = f"{program} enroll --url https://{HUB}:8443 --ca {ca} --token - --identity {folder} >/dev/null"
+        # A hardware name of its own: one host stands for many, and a second identity for the same one is refused.
+        service = f"--url https://{HUB}:8443 --ca {ca} --hardware {folder}"
+        command = f"{program} enroll {service} --token - --identity {folder} >/dev/null"
         return bed.shell(DEVICES[0], f"{command} && grep '^id' {folder}/fleet.toml", stdin=token, check=False)
 
     names = enroll("/tmp/one", first), enroll("/tmp/two", second)
     assert all(re.fullmatch(r'id = "[a-z0-9_-]+"', name) for name in names), names
     assert names[0] != names[1]
     assert enroll("/tmp/thief", first) == ""
-    bed.shell(DEVICES[0], "rm -r /tmp/one /tmp/two")
+    bed.shell(DEVICES[0], "rm -r /tmp/one /tmp/two /tmp/thief")
 
 
 def test_what_the_vault_holds_is_in_one_file_and_in_no_output(bed: Bed) -> None:
