@@ -79,12 +79,14 @@ class Pipeline:
             batch, self._queue = self._queue, []
             statements = [statement for item in batch if isinstance(item, list) for statement in item]
             if statements:
+                # All that waits: whatever comes from now on is another batch's.
+                size = self._waiting
                 self._writing = True
                 try:
                     await loop.run_in_executor(self._executor, self._journal.write, statements)
                 finally:
                     self._writing = False
-                    self._waiting -= _size(statements)
+                    self._waiting -= size
                     self._written.set()
                 self.commits += 1
                 self.rows += len(statements)
