@@ -188,11 +188,11 @@ class Inbound:
                 presence = codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE) if payload else None
                 if kind is Kind.GATEWAY:
                     presence = self._uplinks.presence(member, presence)
-                self._fed(ev.PresenceArrived(kind=kind, member=member, presence=presence))
+                self._fed_in_order(ev.PresenceArrived(kind=kind, member=member, presence=presence))
             case Verb.LINK:
                 presence = self._uplinks.link(member, parse_link(payload))
                 if presence is not None:
-                    self._fed(ev.PresenceArrived(kind=kind, member=member, presence=presence))
+                    self._fed_in_order(ev.PresenceArrived(kind=kind, member=member, presence=presence))
             case Verb.UPDATE:
                 self._chunk(self._updates, Kind.DEVICE, member, payload, self._update_complete)
             case Verb.PROPOSE:
@@ -210,6 +210,13 @@ class Inbound:
                 self._fed(ev.CensusArrived(gateway=member, census=census))
             case Verb.NEED:
                 self._relay.need(codec.decode(Need, payload, limit=limits.MAX_SMALL_MESSAGE))
+
+    def _fed_in_order(self, event: object) -> None:
+        """After what came before it and is being opened: who leaves has sent its update first."""
+        if self._worker.idle:
+            self._fed(event)
+        else:
+            self._worker.do(lambda: event, self._fed, small=True)
 
     def _open(
         self, payload: bytes, cls: type[T], kind: MessageKind, sender: str | None = None
@@ -285,7 +292,8 @@ class Inbound:
             )
 
         small = rnd.ring.layout.dimension <= SMALL
-        self._worker.do(lambda: total.open(head, message.body), decoded, small=small, size=head.message_size)
+        size = head.message_size + rnd.ring.layout.dimension
+        self._worker.do(lambda: total.open(head, message.body), decoded, small=small, size=size)
 
     def _decline(self, device: str, payload: bytes) -> None:
         head = parse_head(payload)

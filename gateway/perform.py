@@ -343,7 +343,9 @@ class Performer:
             rows.update_rows(update, head=parcel.head, body=parcel.body, receipt=receipt),
             functools.partial(self._fresh.pop, update.message_id, None),
         )
-        self._worker.do(lambda: total.add(opened), _must_work, small=self._small())
+        # Opened, it is of one byte for a value at least, and waits here.
+        size = total.ring.layout.dimension
+        self._worker.do(lambda: total.add(opened), _must_work, small=self._small(), size=size)
         parcel.opened = None
 
     def _judge(self) -> None:
@@ -442,16 +444,23 @@ class Performer:
         plan, number, final, own = rnd.record.hash, rnd.record.plan.round, rnd.record.commit, rnd.record.own_owners()
         small = rnd.rules.reveal_work(len(own)) <= SMALL
 
-        def make() -> tuple[bytes, Digest]:
-            reveal = total.reveal(final, own, self._journal)
+        def make() -> tuple[bytes, Digest] | None:
+            try:
+                reveal = total.reveal(final, own, self._journal)
+            except StorageError:
+                # The round was over in the meantime, and its journal with it.
+                if self._sum is total:
+                    raise
+                return None
             assert reveal.count == count, f"{reveal.count} contributors in a sum of {count}"
             body = codec.encode(reveal)
             return body, digest(body)
 
         def made(result: Any) -> None:
             _must_work(result)
-            if self._sum is total:
-                self._sum = None
+            if self._sum is not total or result is None:
+                return
+            self._sum = None
             body, body_hash = result
             message = self._signer.sign_raw(
                 MessageKind.REVEAL,

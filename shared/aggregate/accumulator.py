@@ -328,7 +328,8 @@ class Accumulator:
         words = self._open()
         if self._reach:
             assert self._narrow is not None
-            self.ring.layout.add(words, self._narrow, np.zeros(self.ring.meta.words, dtype=np.uint64))
+            # Wrapped: it is what changed since the last time, which may reach further than any sum.
+            self.ring.layout.add(words, self._narrow, np.zeros(self.ring.meta.words, dtype=np.uint64), wrap=True)
             self._narrow.fill(0)
             self._reach = 0
         return words

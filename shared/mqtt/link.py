@@ -214,7 +214,10 @@ class Link(aiomqtt.Client):
         Raises:
             SessionLostError, PublishRefusedError, LocalProtocolError: as `publish_confirmed`.
         """
-        name = topic.encode()
+        try:
+            name = topic.encode()
+        except UnicodeEncodeError as error:
+            raise LocalProtocolError(f"{topic!r} is no topic to publish on") from error
         if len(payload) + len(name) + _PUBLISH_OVERHEAD > self._max_packet:
             raise PublishRefusedError(topic, PACKET_TOO_LARGE)
         if not 0 < len(name) < 1 << 16 or any(each in topic for each in "+#\0"):
@@ -224,7 +227,9 @@ class Link(aiomqtt.Client):
             self._window.release()
             raise SessionLostError(self.lost.result())
         if qos == 1:
-            mid = self._client._mid_generate()
+            while (mid := self._client._mid_generate()) in self._unconfirmed:
+                # A confirmation may be that late: there are 65535 numbers, and far fewer in the window.
+                pass
             self._stream.send(publish(name, payload, mid, retain=retain, version5=self._version5))
         else:
             info = self._client.publish(topic, payload, qos, retain)
@@ -373,7 +378,6 @@ class Link(aiomqtt.Client):
         properties: Properties | None = None,
     ) -> None:
         if not self._connected.done():
-            # aiomqtt would wait for its timeout.
             self._connected.set_exception(aiomqtt.MqttError("the broker closed the connection before it answered"))
         super()._on_disconnect(client, userdata, flags, reason_code, properties)
         self._lose(str(reason_code))
@@ -413,6 +417,9 @@ class Link(aiomqtt.Client):
     def _lose(self, reason: str) -> None:
         if not self.lost.done():
             self.lost.set_result(reason)
+        if not self._connected.done():
+            # aiomqtt would wait for its timeout.
+            self._connected.set_exception(aiomqtt.MqttError(reason))
         for future in (self._connected, self._disconnected):
             if future.done() and not future.cancelled():
                 future.exception()  # marked as seen
@@ -422,8 +429,6 @@ class Link(aiomqtt.Client):
     def _abandon(self, reason: str) -> None:
         """Close without a word; afterwards nothing of this link is left in the loop."""
         self._abandoned = True
-        if self._lock.locked():
-            self._lock.release()
         self._client._sock_close()
         self._lose(reason)
 

@@ -80,9 +80,10 @@ class PacketReader:
         return None
 
     def _move(self, size: int) -> None:
-        """Make room for a packet of ``size`` bytes, or go back to the own buffer where no such packet is on its way."""
+        """Make room for more of a packet of ``size`` bytes; back in the own buffer where that will do."""
         start, left = self._start, self._end - self._start
-        wanted = max(size, left + _ROOM)
+        # Memory grows with what has come, not with what was announced.
+        wanted = max(min(size, max(2 * left, _BUFFER)), left + _ROOM)
         if wanted <= _BUFFER and self._buffer is not self._own:
             target = self._own
         elif start + wanted <= len(self._buffer):

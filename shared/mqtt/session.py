@@ -271,6 +271,7 @@ class Session:
     async def _stay_connected(self) -> None:
         while True:
             again_at_once = await self._connect_once()
+            _heed_cancellation()
             if not again_at_once:
                 await asyncio.sleep(self._backoff.delay())
 

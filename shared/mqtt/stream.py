@@ -21,6 +21,8 @@ from fleetfed.shared.mqtt.frames import DISCONNECT, PUBACK, PUBLISH, Publish, re
 from fleetfed.shared.mqtt.outbox import Outbox
 from fleetfed.shared.mqtt.reader import PacketReader, StreamError
 
+_PACKETS: Final = 512
+"""Of any kind, before other tasks have their turn."""
 _COMPANY: Final = 0.002
 """Seconds that a confirmation may wait for others: a write of its own costs as much as reading a small message."""
 
@@ -103,6 +105,8 @@ class Stream:
 
     def send(self, packet: bytes) -> None:
         """Queue a packet behind all others; it leaves in a later turn of the loop."""
+        if self._client.want_write():
+            self._client.loop_write()
         self._outbox.put(packet)
         self.write_soon()
 
@@ -138,6 +142,7 @@ class Stream:
             self._again = None
         sock: Any = self._client.socket()
         left = max(1, self._window - self._unhandled)
+        turn = _PACKETS
         try:
             while sock is not None and self._reading:
                 packet = self._reader.next()
@@ -147,11 +152,12 @@ class Stream:
                     self._lend_to_paho(None)
                     return
                 left -= self._take(*packet)
-                if not left:
+                turn -= 1
+                if not left or not turn:
                     self._read_soon()
                     return
                 sock = self._client.socket()
-        except (BlockingIOError, ssl.SSLWantReadError):
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass
         except (OSError, StreamError) as error:
             self._broken(str(error) or repr(error))

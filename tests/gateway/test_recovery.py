@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fleetfed_testing.gateway_bench import Bench
+from fleetfed_testing.gateway_split import SplitRound
 from fleetfed_testing.signed_fleet import SignedFleet
 
 from fleetfed.gateway.events import StoreDecline
@@ -18,7 +19,7 @@ from fleetfed.gateway.record import RoundState
 from fleetfed.shared.aggregate.accumulator import Accumulator, decode_words, encode_words
 from fleetfed.shared.errors import RejectReason, StorageError
 from fleetfed.shared.wire.envelope import parse_head
-from fleetfed.shared.wire.messages import Reveal
+from fleetfed.shared.wire.messages import Life, Reveal
 from fleetfed.shared.wire.topics import Kind, Verb
 
 DEVICES = ("d-0", "d-1", "d-2")
@@ -106,6 +107,28 @@ async def test_a_crash_before_the_disk_has_it_loses_an_update_that_nobody_was_pr
     bench.update("d-0", message)
     await bench.quiet()
     assert bench.receipts("d-0")[0].reason is None
+
+
+async def test_who_leaves_right_after_its_update_is_counted(bench: Bench) -> None:
+    bench.present(*DEVICES)
+    plan, hash = bench.open_round()
+    await bench.quiet()
+    for number, name in enumerate(DEVICES):
+        bench.update(name, bench.fleet.update(name, plan, hash, number=number))
+        bench.present(name, life=Life.DISCONNECTED)
+    await bench.quiet()
+    assert [bench.receipts(name)[0].reason for name in DEVICES] == [None] * len(DEVICES)
+    assert len(bench.proposals()[0][1].heads) == len(DEVICES)
+
+
+@pytest.mark.parametrize("bucket", [0, 3])
+async def test_a_round_that_ends_while_its_reveal_is_made_takes_nothing_down(bench: Bench, bucket: int) -> None:
+    site = await (await SplitRound(bench, 6, bucket=bucket).open()).answer()
+    bench.commit(site.commit())
+    bench.end_round(1, site.hash)
+    await bench.quiet()
+    assert bench.machine.round is None
+    assert bench.reveals() == []
 
 
 async def test_many_updates_share_one_fsync(bench: Bench) -> None:

@@ -82,6 +82,29 @@ def test_hundreds_of_contributions_are_what_their_lanes_add_up_to(bits: int) -> 
     assert np.array_equal(total.report().words, in_lanes(ring, updates[50:]))
 
 
+@given(st.data())
+@settings(max_examples=60)
+def test_what_is_taken_out_and_put_in_never_leaves_the_ring(data: st.DataObject) -> None:
+    bits = data.draw(st.integers(2, 8))
+    # No lane wider than it must be: between two flushes the change may be larger than any sum.
+    lane = data.draw(st.integers(max(4, bits), 16))
+    ring = Ring.of((9,), bits=bits, lane_bits=lane, weight_cap=8)
+    limit = levels(bits)
+    edge = [np.full(9, sign * limit, dtype=np.int8) for sign in (-1, 1)]
+    total, inside = Accumulator(ring, capacity=ring.capacity), list[Update]()
+    for _ in range(data.draw(st.integers(1, 40))):
+        match data.draw(st.sampled_from(["add", "add", "take", "flush"])):
+            case "add" if len(inside) < ring.capacity:
+                each = (data.draw(st.sampled_from(edge)), update(ring, 1)[1])
+                total.accumulate(*each)
+                inside.append(each)
+            case "take" if inside:
+                total.subtract(*inside.pop(data.draw(st.integers(0, len(inside) - 1))))
+            case "flush":
+                total.snapshot()
+    assert np.array_equal(total.report().words, in_lanes(ring, inside))
+
+
 def over_the_wire(partial: Partial) -> Partial:
     return decode_words(encode_words(partial), partial.ring, count=partial.count)
 

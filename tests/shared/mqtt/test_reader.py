@@ -70,3 +70,13 @@ def test_a_length_without_end_is_refused() -> None:
     assert reader.receive(cast(socket.socket, Cut(b"\x30\xff\xff\xff\xff\x01", [])))
     with pytest.raises(StreamError, match="more than four bytes"):
         reader.next()
+
+
+def test_memory_grows_with_what_has_come_and_not_with_what_was_announced() -> None:
+    reader, packet = PacketReader(1 << 28), whole(0x30, bytes(1 << 24))
+    sock, most = Cut(packet, [6]), 0.0
+    while reader.receive(cast(socket.socket, sock)):
+        received = len(packet) - len(sock.stream)
+        if reader.next() is None:
+            most = max(most, len(reader._buffer) / max(received, 1 << 18))
+    assert most <= 2.5

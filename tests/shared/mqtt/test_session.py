@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import random
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fleetfed_testing.brokers import Embedded, FleetPki, Mosquitto, RunningBroker, free_port
-from fleetfed_testing.proxies import LegacyProxy, Proxy, RawBroker, publish_packet
+from fleetfed_testing.proxies import BreakingBroker, LegacyProxy, Proxy, RawBroker, publish_packet
 from fleetfed_testing.waiting import PATIENCE, eventually
 
 from fleetfed.cloud_coordinator.keys.pki import Role
@@ -283,6 +285,77 @@ async def test_handler_may_publish_while_reading_is_stopped(peer: MakePeer) -> N
         one.on_each = lambda payload: one.session.publish("answer", b"x")
         await one.until(lambda: len(one.messages) == 300)
         assert one.session.statistics().published == 300
+
+
+async def test_a_flood_of_confirmations_leaves_others_their_turn(peer: MakePeer) -> None:
+    noise = [b"\xd0\x00" * 50_000] * 20
+    with RawBroker([*noise, publish_packet(b"work", b"after", mid=1)]) as broker:
+        config = ConnectionConfig(host="127.0.0.1", port=broker.port, client_id="d-1", protocol="3.1.1")
+        one = await peer(config, "work", connected=False)
+        turns = 0
+        while not one.messages:
+            await asyncio.sleep(0)
+            turns += 1
+        # A million packets, at most some hundreds in one turn of the loop.
+        assert turns > 1000
+        assert one.payloads == [b"after"]
+
+
+async def test_a_number_that_waits_for_its_confirmation_is_not_given_again(peer: MakePeer) -> None:
+    with RawBroker([], confirms=False) as broker:
+        one = await peer(ConnectionConfig(host="127.0.0.1", port=broker.port, client_id="d-1", protocol="3.1.1"))
+        waiting = [asyncio.create_task(one.session.publish("work", b"1"))]
+        await eventually(lambda: one.session.statistics().awaiting == 1)
+        link = one.session._link
+        # As after 65535 others.
+        link._client._last_mid = next(iter(link._unconfirmed)) - 1
+        waiting.append(asyncio.create_task(one.session.publish("work", b"2")))
+        await eventually(lambda: one.session.statistics().awaiting == 2)
+        await one.stop()
+        assert all(
+            isinstance(each, SessionLostError) for each in await asyncio.gather(*waiting, return_exceptions=True)
+        )
+
+
+async def test_messages_leave_in_the_order_of_the_calls_whatever_their_quality(
+    any_broker: RunningBroker, peer: MakePeer
+) -> None:
+    one = await peer(any_broker.config("d-1"))
+    two = await peer(any_broker.config("d-2"), "work")
+    payloads = [b"%d" % number for number in range(20)]
+    await asyncio.gather(*(one.session.publish("work", each, qos=number % 2) for number, each in enumerate(payloads)))
+    await two.until(lambda: len(two.messages) == len(payloads))
+    assert two.payloads == payloads
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, b"\x20\xff\xff\xff\xff\xff\xff", b"\x30\xff\xff\xff\x7f", b"\x00\x00"],
+    ids=["a reset", "a length without end", "a packet beyond measure", "no packet of MQTT"],
+)
+async def test_a_broker_that_breaks_before_it_answers_is_tried_again(peer: MakePeer, answer: bytes | None) -> None:
+    with BreakingBroker(answer) as broker:
+        config = ConnectionConfig(host="127.0.0.1", port=broker.port, client_id="d-1", reconnect_cap=0.05)
+        one = await peer(config, connected=False)
+        await eventually(lambda: broker.connections > 4 or one.task.done())
+        assert not one.task.done()
+        assert one.session.statistics().failed_connects >= 4
+
+
+async def test_a_certificate_that_the_broker_refuses_is_tried_again(tmp_path: Path, peer: MakePeer) -> None:
+    ours, theirs = FleetPki(tmp_path / "ours"), FleetPki(tmp_path / "theirs")
+    stranger = theirs.client("d-1")
+    broker = Mosquitto(tmp_path / "broker", ours)
+    try:
+        tls = dataclasses.replace(ours.client("d-1"), cert=stranger.cert, key=stranger.key)
+        config = ConnectionConfig(
+            host="127.0.0.1", port=broker.port, client_id="d-1", tls=tls, connect_timeout=5.0, reconnect_cap=0.05
+        )
+        one = await peer(config, connected=False)
+        await eventually(lambda: one.session.statistics().failed_connects > 8 or one.task.done())
+        assert not one.task.done()
+    finally:
+        broker.stop()
 
 
 async def test_full_queue_drops_qos_0_and_counts_it(peer: MakePeer) -> None:

@@ -251,7 +251,7 @@ class Bench:
         rnd = self.machine.round
         record = None if rnd is None else replace(rnd.record)
         total = self.performer._sum
-        words = None if total is None else total._own._words.tobytes() + total._below._words.tobytes()
+        words = None if total is None else total._own._whole().tobytes() + total._below._whole().tobytes()
         rows = tuple(self.journal._reader.execute("SELECT message_id FROM updates").fetchall())
         state = None if rnd is None else (rnd.state, dict(rnd.record.accepted), dict(rnd.record.children))
         return (record is None, state, words, rows, self.journal.load().last_round)

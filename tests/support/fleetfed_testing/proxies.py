@@ -203,6 +203,33 @@ class RawBroker(_Server):
                 self._send(client, packet)
 
 
+class BreakingBroker(_Server):
+    """Takes a CONNECT and breaks.
+
+    Args:
+        answer: bytes to send before it closes; None to reset the connection instead.
+
+    Attributes:
+        connections: that were broken.
+    """
+
+    def __init__(self, answer: bytes | None) -> None:
+        self.answer = answer
+        self.connections = 0
+        super().__init__()
+
+    def serve(self, client: socket.socket) -> None:
+        client.recv(4096)
+        self.connections += 1
+        if self.answer is None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        else:
+            client.sendall(self.answer)
+            # Until it is read, or the close would overtake it.
+            client.recv(4096)
+        client.close()
+
+
 def publish_packet(topic: bytes, payload: bytes, *, mid: int = 0) -> bytes:
     """A 3.1.1 PUBLISH: QoS 1 with ``mid``, QoS 0 without."""
     body = struct.pack("!H", len(topic)) + topic + (struct.pack("!H", mid) if mid else b"") + payload
