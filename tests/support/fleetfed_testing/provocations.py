@@ -72,7 +72,8 @@ HEALTHY: Final[Series] = _CLOUD | {
     north("fleetfed_messages_lost_total", 'side="site"', 'cause="lost"'): "0+5x200",
     north("fleetfed_disk_free_bytes"): "50x200",
     north("fleetfed_disk_size_bytes"): "100x200",
-    north("fleetfed_storage_bytes", 'store="database"'): "10x200",
+    north("fleetfed_storage_bytes", 'store="database"'): "100x200",
+    north("fleetfed_journal_bytes"): "10x200",
     north("fleetfed_journal_limit_bytes"): "100x200",
     north("process_cpu_seconds_total"): "0+20x200",
     north("process_open_fds"): "100x200",
@@ -145,7 +146,7 @@ PROVOKED: Final[dict[str, Series]] = {
     "FleetfedBrokerQueues": {cloud("fleetfed_broker_queued_bytes", 'session="offline"'): "200000000x200"},
     "FleetfedDiskFull": {north("fleetfed_disk_free_bytes"): "5x200", north("fleetfed_disk_size_bytes"): "100x200"},
     "FleetfedJournalFull": {
-        north("fleetfed_storage_bytes", 'store="database"'): "95x200",
+        north("fleetfed_journal_bytes"): "95x200",
         north("fleetfed_journal_limit_bytes"): "100x200",
     },
     "FleetfedProcessor": {north("process_cpu_seconds_total"): "0+60x200"},
