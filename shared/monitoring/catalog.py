@@ -195,7 +195,8 @@ _TOPICS: Final[dict[str, tuple[_Row, ...]]] = {
         ("fleetfed_masked_sum_failures_total", _COUNTER, ("reason", "failure"), _C, "Failed ones by reason."),
         ("fleetfed_masked_buckets_lost_total", _COUNTER, (), _C, "Buckets that were dropped from sums."),
         ("fleetfed_commits_refused_total", _COUNTER, ("reason", "failure"), _G,
-         "Commits of masked rounds that this gateway refused, so that it revealed nothing. Every reason is always there."),
+         "Commits of masked rounds that this gateway refused, so that it revealed nothing. Every reason is always "
+         "there."),
         ("fleetfed_helper_available", _GAUGE, (), _C, "1 while a helper with a valid key is there; needed only by "
          "rounds with two seed holders."),
         ("fleetfed_helper_keys", _GAUGE, (), _H, "Keys whose secrets the helper holds."),
