@@ -22,7 +22,7 @@ from typing import Any, Final
 import pytest
 import yaml
 from fleetfed_testing.brokers import free_port
-from fleetfed_testing.impostor import impostor
+from fleetfed_testing.impostor import commit_to_one, impostor
 from fleetfed_testing.local_fleet import prepared, running
 from fleetfed_testing.prometheus import ALERTS, needs_prometheus
 from fleetfed_testing.proxies import Proxy
@@ -294,6 +294,22 @@ async def test_privacy_that_is_spent(tmp_path: Path) -> None:
         # Their own ledgers say that it is enough.
         await fleet.begin(1)
         await prometheus.until(firing={"FleetfedPrivacyRefusals": [instance(fleet, COORDINATOR)]})
+
+
+async def test_a_coordinator_that_asks_for_a_single_update(tmp_path: Path) -> None:
+    rounds = {"mode": "split", "minimum_cohort": 2, "deadline": 10.0, "expires": 15.0, "start_when": 2}
+    shape: dict[str, Any] = {"devices": 2, "trainer": "wayward", "rounds": rounds}
+    async with running(tmp_path / "fleet", metrics=True, **shape) as fleet, watched(fleet) as prometheus:
+        fleet.hold()
+        await fleet.begin()
+        for name in fleet.devices:
+            await fleet.training(name)
+        await fleet.kill(COORDINATOR)
+        fleet.release()
+        await commit_to_one(fleet.folder.keys / "identities" / COORDINATOR, fleet.port)
+        # The round ends as any other, and with it what is counted.
+        await fleet.start_again(COORDINATOR)
+        await prometheus.until(firing={"FleetfedCommitsRefused": [instance(fleet, "g-north")]})
 
 
 async def test_a_revocation_list_that_ends(tmp_path: Path) -> None:

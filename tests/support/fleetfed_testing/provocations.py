@@ -34,7 +34,6 @@ REPLAYED_ONLY: Final = {
     "FleetfedRoundOverdue": "a coordinator ends its rounds in time unless it hangs for two minutes and yet answers",
     "FleetfedAggregationSlow": "a step of half a minute: a model and a disk that no test has",
     "FleetfedDeviceSilent": "a device that is connected and says nothing for two and a half hours",
-    "FleetfedCommitsRefused": "a coordinator that breaks the rules, with a round of its own making",
     "FleetfedProcessor": "needs a whole processor for the process alone",
 }
 """Why no real process is made to set an alert off: `tests/monitoring/test_real_alerts.py` does so for all others.
