@@ -214,6 +214,8 @@ def _rounds(samples: Samples, coordinator: Coordinator) -> None:
 def _tally(samples: Samples, tally: CoordinatorTally) -> None:
     for outcome in Outcome:
         samples.set("fleetfed_rounds_total", tally.outcomes[outcome.value], outcome)
+    # An alert looks at its increase, which begins with a zero that was there before.
+    facts.by_reason(samples, "fleetfed_updates_rejected_total", {}, always=True)
     for name, counts in (
         ("fleetfed_round_aborts_total", tally.aborts),
         ("fleetfed_declined_total", tally.declined),

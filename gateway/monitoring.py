@@ -68,7 +68,7 @@ class GatewayView:
         for side, statistics, wire in gateway.connections():
             modes += facts.session(samples, side, statistics, wire)
         modes += facts.rejected(samples, status.rejected)
-        facts.by_reason(samples, "fleetfed_commits_refused_total", tally.commits_refused.snapshot())
+        facts.by_reason(samples, "fleetfed_commits_refused_total", tally.commits_refused.snapshot(), always=True)
         facts.failures(samples, modes)
 
         samples.set("fleetfed_dropouts_total", tally.dropouts)
@@ -76,7 +76,6 @@ class GatewayView:
         samples.set("fleetfed_updates_accepted_total", status.accepted)
         samples.set("fleetfed_update_bytes_total", gateway.performer.accepted_bytes)
         samples.set("fleetfed_journal_commits_total", status.journal_commits)
-        samples.set("fleetfed_journal_limit_bytes", gateway.config.limits.journal_mib * _MIB)
         samples.histogram(tally.rounds)
 
         samples.set("fleetfed_round_number", status.round)
@@ -84,6 +83,9 @@ class GatewayView:
         previous, is_open = gateway.machine.previous, gateway.machine.round is not None
         samples.set("fleetfed_round_expected_devices", status.expected if is_open else previous.expected)
         samples.set("fleetfed_round_answered_devices", status.answered if is_open else previous.answered)
+        open_or_last = gateway.machine.round or previous
+        samples.set("fleetfed_journal_bytes", open_or_last.journalled)
+        samples.set("fleetfed_journal_limit_bytes", gateway.config.limits.journal_mib * _MIB)
 
         manifest = gateway.relay.manifest
         samples.set("fleetfed_model_version", status.model_version)

@@ -100,6 +100,11 @@ class RoundMachine(Machine[RoundState]):
     # --- Questions -----------------------------------------------------------------------------------------------
 
     @property
+    def journalled(self) -> int:
+        """Bytes of the round's updates on disk, as `Place.journal_limit` counts them."""
+        return self._bytes
+
+    @property
     def answered(self) -> int:
         """Devices that sent an update or declined."""
         return len(self.record.accepted) + sum(name not in self.record.accepted for name in self.record.declined)

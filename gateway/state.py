@@ -74,6 +74,7 @@ class Previous:
         mode, aborted: for the status: how it was done, and why it was aborted here; empty after a restart.
         opened: when its plan was, in unix milliseconds; 0 after a restart.
         answered, expected: devices; 0 after a restart.
+        journalled: bytes of the updates; 0 after a restart.
     """
 
     round: int = 0
@@ -84,6 +85,7 @@ class Previous:
     opened: int = 0
     answered: int = 0
     expected: int = 0
+    journalled: int = 0
 
 
 class GatewayMachine(Machine[GatewayState]):
@@ -248,6 +250,7 @@ class GatewayMachine(Machine[GatewayState]):
             opened=record.plan.opened,
             answered=rnd.answered,
             expected=len(rnd.expected),
+            journalled=rnd.journalled,
         )
         return [ev.ForgetRound(round=record.plan.round, hash=record.hash), ev.RoundOver(record.plan.round)]
 

@@ -185,7 +185,7 @@ _TOPICS: Final[dict[str, tuple[_Row, ...]]] = {
          "sizes tell too much)."),
         ("fleetfed_contributions_total", _COUNTER, (), _C, "Updates in the versions that rounds made."),
         ("fleetfed_updates_rejected_total", _COUNTER, ("reason", "failure"), _C,
-         "Updates refused anywhere in the fleet in finished rounds, as gateways tell."),
+         "Updates refused anywhere in the fleet in finished rounds, as gateways tell. Every reason is always there."),
         ("fleetfed_updates_excluded_total", _COUNTER, ("reason", "failure"), _C,
          "Updates that gateways proposed and the coordinator left out."),
     ),
@@ -195,7 +195,8 @@ _TOPICS: Final[dict[str, tuple[_Row, ...]]] = {
         ("fleetfed_masked_sum_failures_total", _COUNTER, ("reason", "failure"), _C, "Failed ones by reason."),
         ("fleetfed_masked_buckets_lost_total", _COUNTER, (), _C, "Buckets that were dropped from sums."),
         ("fleetfed_commits_refused_total", _COUNTER, ("reason", "failure"), _G,
-         "Commits of masked rounds that this gateway refused, so that it revealed nothing."),
+         "Commits of masked rounds that this gateway refused, so that it revealed nothing. Every reason is always "
+         "there."),
         ("fleetfed_helper_available", _GAUGE, (), _C, "1 while a helper with a valid key is there; needed only by "
          "rounds with two seed holders."),
         ("fleetfed_helper_keys", _GAUGE, (), _H, "Keys whose secrets the helper holds."),
@@ -220,6 +221,7 @@ _TOPICS: Final[dict[str, tuple[_Row, ...]]] = {
         ("fleetfed_storage_bytes", _GAUGE, ("store",), _ALL,
          "Files of the state folder: database (with its write-ahead log), blobs, relay, other."),
         ("fleetfed_journal_commits_total", _COUNTER, (), _G, "Transactions of the journal."),
+        ("fleetfed_journal_bytes", _GAUGE, (), _G, "Bytes of updates that the open round, or the last one, put there."),
         ("fleetfed_journal_limit_bytes", _GAUGE, (), _G, "Bytes of updates that one round may put into the journal."),
     ),
     "Expiry": (

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from fleetfed.shared.monitoring.failures import MODES, Failure, of_rejection
+from fleetfed.shared.monitoring.failures import MODES, REJECTED, Failure, of_rejection
 from fleetfed.shared.monitoring.samples import Samples
 from fleetfed.shared.mqtt.meter import ByteCount
 from fleetfed.shared.mqtt.session import SessionStatistics
@@ -63,9 +63,20 @@ def rejected(samples: Samples, counts: Mapping[str, int]) -> Counter[Failure]:
     return by_reason(samples, "fleetfed_rejected_total", counts)
 
 
-def by_reason(samples: Samples, name: str, counts: Mapping[str, int]) -> Counter[Failure]:
-    """A counter with the labels ``reason`` and ``failure``; returns it by failure mode."""
+def by_reason(samples: Samples, name: str, counts: Mapping[str, int], *, always: bool = False) -> Counter[Failure]:
+    """A counter with the labels ``reason`` and ``failure``; returns it by failure mode.
+
+    Args:
+        samples: to add to.
+        name: of the counter.
+        counts: by reason.
+        always: show the reasons that never happened too: an increase from no series to one is none to Prometheus, so
+            that an alert would miss the first time.
+    """
     modes: Counter[Failure] = Counter()
+    if always:
+        for known, mode in REJECTED.items():
+            samples.add(name, 0, known, mode)
     for reason, count in counts.items():
         label, mode = of_rejection(reason)
         samples.add(name, count, label, mode)

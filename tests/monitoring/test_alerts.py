@@ -10,13 +10,14 @@ from typing import Any, Final
 
 import pytest
 import yaml
-from fleetfed_testing.provocations import HEALTHY, HOUR, PROVOKED
+from fleetfed_testing.prometheus import ALERTS, hurried, seconds
+from fleetfed_testing.provocations import HEALTHY, HOUR, PROVOKED, REPLAYED_ONLY
 
 from fleetfed.shared.monitoring.catalog import SERIES
 from fleetfed.shared.monitoring.failures import MODES
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-ALERTS: Final = ROOT / "deploy/monitoring/alerts.yml"
+REAL: Final = ROOT / "tests/monitoring/test_real_alerts.py"
 RUNBOOKS: Final = ROOT / "docs/runbooks"
 _PROMETHEUS: Final = {"up"}
 _NAME: Final = re.compile(r"\b(?:fleetfed|process)_[a-z_]+\b")
@@ -75,6 +76,55 @@ def test_a_test_of_an_alert_can_fail(tmp_path: Path) -> None:
 
 def test_every_alert_is_provoked() -> None:
     assert {rule["alert"] for rule in rules()} == PROVOKED.keys()
+
+
+def test_every_alert_is_set_off_by_real_processes_or_it_says_why_not() -> None:
+    # Those that it waits for; a name may stand among the quiet ones too.
+    real = set(re.findall(r'"(Fleetfed\w+)": ', REAL.read_text()))
+    assert not real & REPLAYED_ONLY.keys()
+    assert real | REPLAYED_ONLY.keys() == PROVOKED.keys()
+
+
+@pytest.mark.parametrize(
+    ("duration", "expected"), [("5m", 300), ("1h30m", 5400), ("90s", 90), ("500ms", 0.5), ("1d", 86_400)]
+)
+def test_durations_as_prometheus_writes_them(duration: str, expected: float) -> None:
+    assert seconds(duration) == expected
+
+
+@pytest.mark.parametrize("duration", ["", "5", "m", "5 m", "1h-", "1x"])
+def test_what_is_no_duration(duration: str) -> None:
+    with pytest.raises(ValueError, match="no duration"):
+        seconds(duration)
+
+
+RULE: Final = {"alert": "A", "expr": 'rate(a{b="c[1h]"}[1h]) > 300 and max_over_time(b[10m]) > 5', "for": "15m"}
+
+
+def test_time_is_made_shorter_and_nothing_else() -> None:
+    (group,) = yaml.safe_load(hurried(ALERTS.read_text(), factor=1.0, least=0.0))["groups"][:1]
+    assert group["name"] == "fleetfed-rounds"
+    text = yaml.safe_dump({"groups": [{"name": "g", "rules": [RULE, {"alert": "B", "expr": "b > 3600"}]}]})
+    first, second = yaml.safe_load(hurried(text, factor=120.0, least=6.0))["groups"][0]["rules"]
+    assert first["expr"] == 'rate(a{b="c[1h]"}[30000ms]) > 300 and max_over_time(b[6000ms]) > 5'
+    assert first["for"] == "7500ms"
+    assert second == {"alert": "B", "expr": "b > 3600"}
+
+
+@needs_promtool
+def test_rules_are_valid_before_and_after(tmp_path: Path) -> None:
+    faster = tmp_path / "faster.yml"
+    faster.write_text(hurried(ALERTS.read_text(), factor=120.0, least=3.0))
+    subprocess.run(["promtool", "check", "rules", str(ALERTS), str(faster)], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "change", [{"expr": "a offset 1h > 1"}, {"expr": "max_over_time(a[1h:5m]) > 1"}, {"keep_firing_for": "5m"}]
+)
+def test_a_duration_of_another_kind_is_not_passed_over(change: dict[str, str]) -> None:
+    text = yaml.safe_dump({"groups": [{"name": "g", "rules": [RULE | change]}]})
+    with pytest.raises(ValueError):
+        hurried(text, factor=2.0, least=1.0)
 
 
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: str(rule["alert"]))

@@ -103,6 +103,8 @@ async def test_a_round_that_made_a_version(worlds: Callable[..., World]) -> None
     assert seen.value("fleetfed_contributions_total") == 5
     assert seen.value("fleetfed_round_participants") == 5
     assert (seen.value("fleetfed_update_bytes_total") or 0) > 5 * 100
+    # Prometheus sees no increase from nothing to one.
+    assert seen.value("fleetfed_updates_rejected_total", "outlier", "poisoning") == 0
     assert seen.value("fleetfed_model_version") == 2
     assert (seen.value("fleetfed_model_patch_bytes") or 0) > 0
     assert seen.value("fleetfed_model_loss", "holdout") == pytest.approx(0.5, abs=0.01)

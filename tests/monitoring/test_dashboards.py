@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import yaml
+from fleetfed_testing.prometheus import Prometheus, needs_prometheus
 
 from fleetfed.shared.monitoring.catalog import SERIES
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 FOLDER: Final = ROOT / "deploy/monitoring/dashboards"
-ALERTS: Final = ROOT / "deploy/monitoring/alerts.yml"
 NAMES: Final = ("executive", "oncall", "debug")
 _VARIABLES: Final = {"$window": "1m", "$site": ".*"}
 _ROUNDS: Final = 12
@@ -97,51 +92,6 @@ def test_grafana_finds_them() -> None:
     assert source["isDefault"]
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-class Prometheus:
-    """A real one, that scrapes what a file names, every second."""
-
-    def __init__(self, folder: Path, targets: Path) -> None:
-        self._port = _free_port()
-        config = {
-            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-            "rule_files": [str(ALERTS)],
-            "scrape_configs": [
-                {
-                    "job_name": "fleetfed",
-                    "file_sd_configs": [{"files": [str(targets)], "refresh_interval": "1s"}],
-                }
-            ],
-        }
-        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-        self.began = time.time()
-        self.process = subprocess.Popen(
-            [
-                "prometheus",
-                f"--config.file={folder / 'prometheus.yml'}",
-                f"--storage.tsdb.path={folder / 'data'}",
-                f"--web.listen-address=127.0.0.1:{self._port}",
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    def ask(self, path: str, **arguments: str) -> Any:
-        url = f"http://127.0.0.1:{self._port}/api/v1/{path}?{urllib.parse.urlencode(arguments)}"
-        with urllib.request.urlopen(url, timeout=30) as response:
-            return json.load(response)["data"]
-
-    def shows(self, query: str) -> bool:
-        """Whether there was any value of it, since the start."""
-        found = self.ask("query_range", query=query, start=f"{self.began:.0f}", end=f"{time.time():.0f}", step="1s")
-        return any(not math.isnan(float(value)) for series in found["result"] for _, value in series["values"])
-
-
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     folder = tmp_path_factory.mktemp("scraped")
@@ -172,9 +122,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    shutil.which("prometheus") is None, reason="prometheus is not installed (Debian package `prometheus`)"
-)
+@needs_prometheus
 @pytest.mark.parametrize("name", NAMES)
 def test_every_panel_shows_data_of_a_demo(scraped: Prometheus, name: str) -> None:
     # Devices tell once a minute at most.
@@ -188,13 +136,10 @@ def test_every_panel_shows_data_of_a_demo(scraped: Prometheus, name: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    shutil.which("prometheus") is None, reason="prometheus is not installed (Debian package `prometheus`)"
-)
+@needs_prometheus
 def test_a_demo_is_healthy_to_its_alerts(scraped: Prometheus) -> None:
     assert all(target["health"] == "up" for target in scraped.ask("targets")["activeTargets"])
-    firing = [alert["labels"] for alert in scraped.ask("alerts")["alerts"] if alert["state"] == "firing"]
-    assert not firing
-    rules = [rule for group in scraped.ask("rules")["groups"] for rule in group["rules"]]
+    assert not scraped.alerts()
+    rules = scraped.rules()
     assert rules
     assert all(rule["health"] == "ok" for rule in rules), [rule.get("lastError") for rule in rules]

@@ -22,10 +22,8 @@ _ONLY_WHEN_IT_HAPPENS = {
     "fleetfed_rejected_total",
     "fleetfed_round_aborts_total",
     "fleetfed_declined_total",
-    "fleetfed_updates_rejected_total",
     "fleetfed_updates_excluded_total",
     "fleetfed_masked_sum_failures_total",
-    "fleetfed_commits_refused_total",
     "fleetfed_device_reasons_total",
     "fleetfed_device_participations_left",
     # Devices tell of their rounds a minute after the first word.

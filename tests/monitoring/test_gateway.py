@@ -186,11 +186,14 @@ async def test_everything_that_a_gateway_always_knows_is_there(world: World) -> 
         for name in of_role(GatewayView(world.gateway).look().role)
         if name not in seen.kinds and not name.startswith(("fleetfed_device_", "fleetfed_trust_"))
     }
-    assert missing == {"fleetfed_rejected_total", "fleetfed_commits_refused_total"}
+    assert missing == {"fleetfed_rejected_total"}
     assert seen.value("fleetfed_ready") == 1
     assert seen.value("fleetfed_connected", side="site") == 1
     assert (seen.value("fleetfed_network_bytes_total", side="site", direction="sent") or 0) > 0
     assert (seen.value("fleetfed_storage_bytes", store="database") or 0) > 0
+    assert seen.value("fleetfed_journal_bytes") == 0
+    # Prometheus sees no increase from nothing to one.
+    assert seen.value("fleetfed_commits_refused_total", reason="below_owners", failure="privacy") == 0
 
 
 async def test_it_is_well_while_it_is_connected(world: World, capsys: pytest.CaptureFixture[str]) -> None:

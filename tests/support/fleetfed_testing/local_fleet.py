@@ -63,6 +63,7 @@ class LocalFleet:
         helper: whether there is a second holder of mask seeds.
         engine: the broker; None for the embedded one.
         width: of the model, which has five times as many weights.
+        metrics: whether everybody but the devices answers Prometheus, see `targets`.
     """
 
     def __init__(
@@ -78,12 +79,13 @@ class LocalFleet:
         helper: bool = False,
         engine: Engine | None = None,
         width: int = 12,
+        metrics: bool = False,
     ) -> None:
         self.tree = topology.plan(devices=devices, gateways=gateways, tiers=tiers)
         self.folder = Folder(path)
         self.folder.prepare()
         self.helper = helper
-        self.fleet = Fleet(self.folder, self.tree, broker="embedded", helper=helper)
+        self.fleet = Fleet(self.folder, self.tree, broker="embedded", helper=helper, metrics=metrics)
         self.engine = engine
         self.port, *others = engine.ports if engine is not None else [free_port()]
         self.others = [f"{layout.HOST}:{port}" for port in others]
@@ -104,6 +106,7 @@ class LocalFleet:
             # 16 bits: what a device contributed is in the model almost to the bit.
             tables={"autostart": False, "clips": {"bits": 8, "first_bits": 8}, "patch": {"bits": 16}},
             device={"trainer": f"fleetfed_testing.trainers:{trainer}", "run": {"seed": seed}},
+            listens=self.fleet.listens,
         )
         self.statuses: list[Status] = []
         self._client: ControlClient | None = None
@@ -115,11 +118,16 @@ class LocalFleet:
         """Ids of all devices."""
         return [place.id for place in self.tree.devices]
 
+    @property
+    def targets(self) -> Path:
+        """Where Prometheus finds everybody that it is to scrape."""
+        return layout.write_targets(self.folder, self.tree, self.fleet.listens)
+
     def lay_out(self) -> Keyring:
         """Write keys and settings."""
         keyring = layout.make_keys(self.folder, self.tree, now=unix_ms(), helper=self.helper)
         if self.engine is None:
-            layout.write_broker(self.folder, keyring, port=self.port)
+            layout.write_broker(self.folder, keyring, port=self.port, listen=self.fleet.listens.get(BROKER, ""))
         else:
             self.folder.role(BROKER).mkdir()
             self.engine.lay_out(self.folder.role(BROKER), keyring)

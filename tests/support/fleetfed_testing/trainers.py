@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fleetfed.device.config import DeviceConfig
 from fleetfed.device.trainer import Task, Trained, TrainingCancelledError
 from fleetfed.shared.model.card import ModelCard
+
+Delta = np.ndarray[Any, np.dtype[np.float32]]
 
 HOLD = "hold"
 BEGUN = "begun"
@@ -66,5 +70,36 @@ class Repeatable(_Held):
         )
 
 
+class Wayward(_Held):
+    """Small random steps, or what a file ``way`` in the device's folder or the fleet's says instead: see `_WAYS`."""
+
+    def train(self, task: Task) -> Trained:
+        self.hold(task)
+        rng = np.random.default_rng()
+        delta = rng.normal(0, 1e-3, task.card.parameters).astype(np.float32)
+        for folder in (self._folder, self._folder.parent):
+            if (folder / WAY).exists():
+                delta = _WAYS[(folder / WAY).read_text()](delta)
+                break
+        return Trained(
+            delta=delta,
+            examples=10,
+            seen=10,
+            steps=1,
+            training_loss=1.0,
+            holdout_examples=8,
+            holdout_correct=4,
+            holdout_loss=1.0,
+        )
+
+
+WAY = "way"
+_WAYS: dict[str, Callable[[Delta], Delta]] = {
+    "explodes": lambda delta: np.full_like(delta, np.nan),
+    "runs away": lambda delta: 1e6 * np.sign(delta),
+    "stands out": lambda delta: 100 * delta,
+}
+
 one_hot = OneHot
 repeatable = Repeatable
+wayward = Wayward
