@@ -23,7 +23,7 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 FOLDER: Final = ROOT / "deploy/monitoring/dashboards"
 NAMES: Final = ("executive", "oncall", "debug")
 _VARIABLES: Final = {"$window": "1m", "$site": ".*"}
-_ROUNDS: Final = 12
+_ROUNDS: Final = 60
 
 
 def _builder() -> Any:
