@@ -67,6 +67,8 @@ class Peer:
         line = Line(name, [updates], self._received, receive_maximum=WINDOW, window=WINDOW)
         await line.connect(self._port, self._folder)
         tasks = [loop.create_task(each) for each in (self._open(), self._answer(line))]
+        for task in tasks:
+            task.add_done_callback(_fail_with)
         pipe.send("ready")
         while (command := await loop.run_in_executor(None, pipe.recv)) is not None:
             how, self._wanted = command
@@ -133,6 +135,12 @@ class Peer:
         for body in bodies:
             self._file.write(body)
         os.fdatasync(self._file.fileno())
+
+
+def _fail_with(task: asyncio.Task[None]) -> None:
+    """Whoever measures must not wait for what cannot come."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        raise SystemExit(f"the bare gateway: {error!r}")
 
 
 async def _all(queue: Batch) -> list[tuple[str, bytes]]:

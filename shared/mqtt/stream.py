@@ -1,4 +1,4 @@
-"""Between the kernel and paho: PUBLISH and PUBACK of QoS 0 and 1 take the short way, everything else is paho's.
+"""Between the kernel and paho: messages of QoS 1, and of QoS 0 that come in, take the short way; all else is paho's.
 
 paho receives and sends through here (its ``_sock_recv`` and ``_sock_send``), so that packets of both leave in one
 order, and all of one turn of the loop in one go, without a trip through the selector.
@@ -87,6 +87,9 @@ class Stream:
 
     def stop(self, fd: int) -> None:
         """Before the socket is closed."""
+        for handle in (self._again, self._later):
+            if handle is not None:
+                handle.cancel()
         self._loop.remove_reader(fd)
         self._loop.remove_writer(fd)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from fleetfed_testing.gateway_bench import Bench
 from fleetfed_testing.gateway_split import SplitRound
 from fleetfed_testing.signed_fleet import SignedFleet
+from fleetfed_testing.waiting import eventually
 
 from fleetfed.gateway.events import StoreDecline
 from fleetfed.gateway.journal import Journal, decline_rows, fact_rows
@@ -124,8 +126,14 @@ async def test_who_leaves_right_after_its_update_is_counted(bench: Bench) -> Non
 @pytest.mark.parametrize("bucket", [0, 3])
 async def test_a_round_that_ends_while_its_reveal_is_made_takes_nothing_down(bench: Bench, bucket: int) -> None:
     site = await (await SplitRound(bench, 6, bucket=bucket).open()).answer()
+    gate, waiting = threading.Event(), len(bench.worker._queue)
+    bench.worker.do(gate.wait, small=False)
     bench.commit(site.commit())
+    # The reveal is to be made, behind what holds the thread.
+    await eventually(lambda: len(bench.worker._queue) > waiting and bench.pipeline.idle)
     bench.end_round(1, site.hash)
+    await eventually(lambda: bench.pipeline.idle)
+    gate.set()
     await bench.quiet()
     assert bench.machine.round is None
     assert bench.reveals() == []
