@@ -97,6 +97,8 @@ async def test_everybody_killed_at_once_ends_the_same_round(tmp_path: Path) -> N
 async def test_a_device_asleep_during_the_announcement_joins_when_it_wakes(tmp_path: Path) -> None:
     async with running(tmp_path, devices=3) as fleet:
         await fleet.until(lambda status: status.expected == 0 and status.state == "idle")
+        # A process that is stopped before it has come up says nothing.
+        await fleet.held_by_all(1)
         await fleet.fleet.supervisor.stop(["d-02"])  # says that it sleeps
         await fleet.begin()
         await fleet.answered(2)
