@@ -17,6 +17,7 @@ from fleetfed.broker.embedded import EmbeddedBroker
 from fleetfed.broker.mosquitto import MosquittoProcess, find_mosquitto
 from tests.broker.certificates import Authority
 from tests.broker.rawclient import RawClient
+from tests.broker.world import World, check
 
 T = TypeVar("T")
 
@@ -106,3 +107,10 @@ def probed(
     config = BrokerConfig(tls=authority.server_files(), limits=PROBE_LIMITS, sys_interval=1)
     with serve(request.param, config, authority, tmp_path_factory.mktemp("broker")) as running:
         yield running
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    check(world)

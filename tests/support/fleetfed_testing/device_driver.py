@@ -8,11 +8,12 @@ from fleetfed.device import events as e
 from fleetfed.device.events import Answer, AnswerKind, HeldModel
 from fleetfed.device.state import DeviceMachine, DeviceState, Facts
 from fleetfed.shared.errors import RejectReason
-from fleetfed.shared.wire.blobs import publishable
+from fleetfed.shared.wire.blobs import Publishable, publishable
 from fleetfed.shared.wire.envelope import Digest
-from fleetfed.shared.wire.messages import Plan, Quantization, Receipt
+from fleetfed.shared.wire.messages import Manifest, PatchRef, Plan, Quantization, Receipt
 
 CARD = publishable(b"card")
+FILE = publishable(b"".join(i.to_bytes(2, "big") for i in range(500)), chunk=200)
 LARGEST = 1 << 20
 NOTHING = Facts()
 NO_OBJECTION = e.Verdict()
@@ -96,3 +97,34 @@ class Driver:
 
 def kinds(instructions: list[Any]) -> list[str]:
     return [type(each).__name__ for each in instructions]
+
+
+def patch_blob(target: int) -> Publishable:
+    return publishable(f"patch to {target}".encode())
+
+
+def patch(base: int, target: int) -> PatchRef:
+    return PatchRef(
+        base_version=base,
+        base_sha256=sha(base),
+        target_version=target,
+        target_sha256=sha(target),
+        blob=patch_blob(target).ref,
+    )
+
+
+def manifest(version: int, *patches: PatchRef, full_version: int | None = None, **changes: Any) -> Manifest:
+    full = version if full_version is None else full_version
+    whole = {
+        "version": version,
+        "parent": version - 1,
+        "name": "m",
+        "sha256": sha(version),
+        "size": FILE.ref.raw_size,
+        "card": CARD.ref,
+        "full": FILE.ref,
+        "full_version": full,
+        "full_sha256": sha(full),
+        "patches": patches,
+    }
+    return Manifest(**{**whole, **changes})
