@@ -330,7 +330,6 @@ def _variables() -> list[dict[str, Any]]:
             "label": "Site",
             "type": "query",
             "datasource": _SOURCE,
-            "definition": sites,
             "query": {"query": sites, "refId": "sites"},
             "refresh": 2,
             "includeAll": True,
