@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, StatementError
 from sqlalchemy.pool import NullPool
 
 from fleetfed.cloud_coordinator.events import Member
@@ -61,6 +61,10 @@ _BATCH: Final = 500
 """Ids per query: PostgreSQL and SQLite both bound the parameters of a statement."""
 
 
+_CLAIM: Final = int.from_bytes(b"fleetfed", "big")
+"""The advisory lock of PostgreSQL that whoever writes a fleet's database holds."""
+_ALIVE: Final = "SET tcp_keepalives_idle = 20; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3"
+"""So that a machine which is gone without a word keeps its lock for less than a minute."""
 _BUSY: Final = 5_000
 _BUSY_SHORT: Final = 200
 """Milliseconds to wait for another program that uses the database."""
@@ -77,6 +81,25 @@ def _sqlite_settings(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
+def _claim_postgresql(connection: Any, _record: Any) -> None:
+    """One coordinator at a time, on whatever machine: the lock is the connection's that everything is written through.
+
+    So whoever loses the connection, and with it the lock, does not write either: SQLAlchemy connects again by itself,
+    and comes by here.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(_ALIVE)
+        cursor.execute("SELECT pg_try_advisory_lock(%s)", (_CLAIM,))
+        (free,) = cursor.fetchone()
+    connection.commit()
+    if not free:
+        connection.close()
+        raise StorageError(
+            "another coordinator uses this database, here or on another machine: stop that one first "
+            "(one that died with its machine lets go within a minute)"
+        )
+
+
 class Store:
     """See the module.
 
@@ -86,7 +109,7 @@ class Store:
 
     Raises:
         ConfigError: the URL is none, or names a driver that is not installed.
-        StorageError: the database cannot be opened, or has another schema.
+        StorageError: the database cannot be opened, has another schema, or another coordinator uses it (PostgreSQL).
     """
 
     def __init__(self, url: str, blobs: BlobStore) -> None:
@@ -97,14 +120,19 @@ class Store:
             raise ConfigError(f"storage.database {url!r}: {error}") from error
         if self._engine.dialect.name == "sqlite":
             sa.event.listen(self._engine, "connect", _sqlite_settings)
+        elif self._engine.dialect.name == "postgresql":
+            sa.event.listen(self._engine, "connect", _claim_postgresql)
         self._depth = 0
         try:
             self._connection: Connection = self._engine.connect()
             tables.metadata.create_all(self._connection)
             self._connection.commit()
-        except DBAPIError as error:
+        except StatementError as error:
             self._engine.dispose()
             raise StorageError(f"database {self._engine.url!r}: {error.orig}") from error
+        except StorageError as error:
+            self._engine.dispose()
+            raise StorageError(f"database {self._engine.url!r}: {error}") from None
         try:
             self._check_schema()
         except BaseException:
@@ -158,7 +186,7 @@ class Store:
         except BaseException as error:
             self._depth = 0
             self._connection.rollback()
-            if isinstance(error, DBAPIError):
+            if isinstance(error, StatementError):
                 raise StorageError(f"database: {error.orig}") from error
             raise
         self._depth -= 1
@@ -168,7 +196,7 @@ class Store:
     def _commit(self) -> None:
         try:
             self._connection.commit()
-        except DBAPIError as error:
+        except StatementError as error:
             raise StorageError(f"database: {error.orig}") from error
 
     def _write(self, statement: Any, parameters: Sequence[dict[str, Any]] | None = None) -> int:
@@ -186,7 +214,7 @@ class Store:
             if not self._depth:
                 # A read opens a transaction too; left open it would keep the log from being truncated.
                 self._connection.rollback()
-        except DBAPIError as error:
+        except StatementError as error:
             raise StorageError(f"database: {error.orig}") from error
         return rows
 
@@ -366,7 +394,7 @@ class Store:
             busy = self._connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar_one()
             self._connection.exec_driver_sql(f"PRAGMA busy_timeout={_BUSY}")
             self._connection.rollback()
-        except DBAPIError as error:
+        except StatementError as error:
             raise StorageError(f"database: {error.orig}") from error
         return not busy
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import msgpack
 import pytest
+import sqlalchemy as sa
+from fleetfed_testing.postgresql import PostgreSQL
 
 from fleetfed.cloud_coordinator.events import Member
 from fleetfed.cloud_coordinator.storage import tables
@@ -57,28 +58,23 @@ EXCHANGE = ExchangeRecord(
 )
 
 
-@pytest.fixture
-def blobs(tmp_path: Path) -> BlobStore:
-    return BlobStore(tmp_path / "blobs")
+# What is about the file, and nothing that a server has.
+in_a_file = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+on_a_server = pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 
 
-@pytest.fixture
-def store(tmp_path: Path, blobs: BlobStore) -> Iterator[Store]:
-    store = Store(f"sqlite:///{tmp_path / 'c.db'}", blobs)
-    yield store
+def reopened(store: Store, url: str, blobs: BlobStore) -> Store:
+    """What another process finds after this one."""
     store.close()
+    return Store(url, blobs)
 
 
-def reopened(tmp_path: Path, blobs: BlobStore) -> Store:
-    return Store(f"sqlite:///{tmp_path / 'c.db'}", blobs)
-
-
-def test_what_is_stored_comes_back_equal(store: Store, tmp_path: Path, blobs: BlobStore) -> None:
+def test_what_is_stored_comes_back_equal(store: Store, url: str, blobs: BlobStore) -> None:
     store.add_version(VERSION)
     store.open_round(ROUND)
     store.add_exchange(EXCHANGE)
     store.add_reveal(round=3, gateway="g", head=b"r" * 32, words=b"words", receipt=b"receipt")
-    again = reopened(tmp_path, blobs)
+    again = reopened(store, url, blobs)
     assert again.newest_version() == VERSION
     assert again.round(3) == ROUND
     assert again.exchange(3, "g") == replace(EXCHANGE, reveal_head=b"r" * 32, receipt=b"receipt")
@@ -99,7 +95,7 @@ def test_large_partials_are_kept_in_the_blob_store_until_the_round_is_closed(sto
         store.words(3, "g")
 
 
-def test_a_transaction_is_durable_as_a_whole_or_not_at_all(store: Store, tmp_path: Path, blobs: BlobStore) -> None:
+def test_a_transaction_is_durable_as_a_whole_or_not_at_all(store: Store, url: str, blobs: BlobStore) -> None:
     def interrupted() -> None:
         with store.transaction():
             store.add_version(VERSION)
@@ -109,12 +105,13 @@ def test_a_transaction_is_durable_as_a_whole_or_not_at_all(store: Store, tmp_pat
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    again = reopened(tmp_path, blobs)
+    assert store.newest_version() is None, "the store goes on"
+    again = reopened(store, url, blobs)
     assert again.newest_version() is None
     assert again.round(3) is None
+    again.add_version(VERSION)
+    assert again.newest_version() == VERSION
     again.close()
-    store.add_version(VERSION)
-    assert store.newest_version() == VERSION
 
 
 def test_contributions_are_counted_per_device(store: Store) -> None:
@@ -141,16 +138,43 @@ def test_answers_are_forgotten_once_their_requests_have_expired(store: Store) ->
     assert store.response(MessageId(b"2" * 16)) == b"two"
 
 
-def test_another_schema_is_refused_by_its_number(store: Store, tmp_path: Path, blobs: BlobStore) -> None:
+def test_another_schema_is_refused_by_its_number(store: Store, url: str, blobs: BlobStore) -> None:
     store.put_document("schema", b"99")
     with pytest.raises(StorageError, match=f"has schema 99, this program uses {tables.SCHEMA}"):
-        reopened(tmp_path, blobs)
+        reopened(store, url, blobs)
 
 
-def test_a_file_that_is_no_database_is_refused(tmp_path: Path, blobs: BlobStore) -> None:
+@in_a_file
+def test_a_file_that_is_no_database_is_refused(url: str, tmp_path: Path, blobs: BlobStore) -> None:
     (tmp_path / "c.db").write_bytes(b"no database" * 100)
     with pytest.raises(StorageError, match="not a database"):
-        reopened(tmp_path, blobs)
+        Store(url, blobs)
+
+
+@on_a_server
+def test_a_second_coordinator_on_the_same_database_is_refused_until_the_first_has_ended(
+    store: Store, url: str, blobs: BlobStore
+) -> None:
+    with pytest.raises(StorageError, match="another coordinator uses this database"):
+        Store(url, blobs)
+    store.add_version(VERSION)
+    again = reopened(store, url, blobs)
+    assert again.newest_version() == VERSION
+    again.close()
+
+
+@on_a_server
+def test_who_lost_the_server_writes_nothing_once_another_has_taken_over(
+    store: Store, url: str, blobs: BlobStore, postgresql: PostgreSQL
+) -> None:
+    postgresql.stop("immediate")
+    postgresql.start()
+    other = Store(url, blobs)
+    for _ in range(2):
+        with pytest.raises(StorageError):
+            store.add_version(VERSION)
+    assert other.newest_version() is None
+    other.close()
 
 
 @pytest.mark.parametrize("url", ["nonsense", "oracle9://x/y"])
@@ -202,18 +226,18 @@ def test_what_a_reveal_came_to_comes_back_and_tells_who_contributed(store: Store
     assert store.exchanges(3)[0].contributors == ()
 
 
-def test_a_database_of_the_first_schema_is_brought_up_to_date(store: Store, tmp_path: Path, blobs: BlobStore) -> None:
+def test_a_database_of_the_first_schema_is_brought_up_to_date(store: Store, url: str, blobs: BlobStore) -> None:
     store.open_round(ROUND)
     store.add_exchange(EXCHANGE)
     store.close()
-    with sqlite3.connect(tmp_path / "c.db") as old:
-        old.execute("ALTER TABLE exchanges DROP COLUMN result")
-        old.execute("DROP TABLE seals")
-        old.execute("UPDATE documents SET value = ? WHERE name = 'schema'", [b"1"])
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+    with engine.begin() as old:
+        old.exec_driver_sql("ALTER TABLE exchanges DROP COLUMN result")
+        old.exec_driver_sql("DROP TABLE seals")
+        old.execute(sa.text("UPDATE documents SET value = :one WHERE name = 'schema'"), {"one": b"1"})
         members = msgpack.packb([["d", "s", b"m" * 16, b"h" * 32, 50]])
-        old.execute("UPDATE exchanges SET members = ?", [members])
-    old.close()
-    again = reopened(tmp_path, blobs)
+        old.execute(sa.text("UPDATE exchanges SET members = :members"), {"members": members})
+    again = reopened(store, url, blobs)
     assert again.exchange(3, "g") == EXCHANGE
     assert again.document("schema") == str(tables.SCHEMA).encode()
     again.add_seal(3, b"s" * 32)
@@ -229,6 +253,7 @@ def test_a_secret_is_kept_for_the_open_round_alone(store: Store) -> None:
     assert store.drop_seals() == 0
 
 
+@in_a_file
 def test_after_wiping_no_byte_of_a_secret_is_in_any_file_of_the_database(store: Store, tmp_path: Path) -> None:
     secret = os.urandom(32)
 
@@ -244,6 +269,7 @@ def test_after_wiping_no_byte_of_a_secret_is_in_any_file_of_the_database(store: 
     assert traces() == []
 
 
+@in_a_file
 def test_a_log_that_another_program_reads_is_not_emptied_and_that_is_said(store: Store, tmp_path: Path) -> None:
     store.add_seal(1, b"s" * 32)
     with sqlite3.connect(tmp_path / "c.db") as reader:
