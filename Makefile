@@ -33,8 +33,8 @@ test: $(VENV)/.dev ## Run the default tests
 	$(BIN)/python -m pytest $(PARALLEL)
 
 .PHONY: brokers
-brokers: ## Unpack RabbitMQ and NATS, which the slow tests skip otherwise, into .brokers (Debian)
-	tests/brokers/install.sh
+brokers: ## Unpack RabbitMQ and NATS, which slow tests need, into .brokers; SUITE=trixie for newer ones
+	tests/brokers/install.sh $(if $(SUITE),--suite $(SUITE))
 
 .PHONY: test-all
 test-all: $(VENV)/.dev ## Run the default, the slow and the container tests

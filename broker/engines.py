@@ -1,4 +1,4 @@
-"""Brokers that a fleet grows into, and the one file that each of them gets from the inventory."""
+"""Brokers that a fleet grows into, and what each of them gets from the inventory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from fleetfed.broker.nats import render_users
-from fleetfed.broker.rabbitmq import render_definitions
+from fleetfed.broker.rabbitmq import FOLDER, render_definitions
 from fleetfed.broker.render import Inventory
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.files import write_atomic
@@ -24,21 +24,22 @@ class Engine(StrEnum):
     NATS = "nats"
 
 
-def render_rights(engine: Engine, inventory: Inventory, directory: Path) -> Path:
-    """Write who may read and write what, for RabbitMQ or NATS, into ``directory``; return the file.
+def render_rights(engine: Engine, inventory: Inventory, directory: Path) -> list[Path]:
+    """Write who may read and write what, for RabbitMQ or NATS, into ``directory``; return the files in their order.
 
     Raises:
         ConfigError: the directory cannot be written, or the broker has no form for what the inventory says.
     """
     if engine is Engine.RABBITMQ:
-        path, text = directory / "definitions.json", render_definitions(inventory)
+        files = {directory / FOLDER / name: text for name, text in render_definitions(inventory).items()}
     else:
-        path, text = directory / "users.conf", render_users(inventory)
+        files = {directory / "users.conf": render_users(inventory)}
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all: a broker that reads it again must not find half of its users.
-        write_atomic(path, text.encode())
-        path.chmod(_FILE_MODE)
+        for path, text in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Whole or not at all: a broker that reads it again must not find half of its users.
+            write_atomic(path, text.encode())
+            path.chmod(_FILE_MODE)
     except OSError as error:
         raise ConfigError(f"{directory}: {error.strerror}") from error
-    return path
+    return list(files)

@@ -30,7 +30,7 @@ On every change would be safer by those seconds and cost the square of what is q
 100 KB at once then got 19 updates per second through, in place of 200. What a broker forgets when it is killed is said
 again: by `fleetfed.shared.mqtt.unsaved` what it retained, by whoever has no receipt the rest.
 """
-_PLUGIN_FOLDERS: Final = ("usr/lib", "usr/lib/*", "usr/lib/*/mosquitto", "usr/local/lib", "usr/local/lib/*")
+_PLUGIN_FOLDERS: Final = ("lib", "lib/*", "lib/*/mosquitto")
 _EXTRA_PATH: Final = "/usr/local/sbin:/usr/sbin:/sbin"
 """Where distributions put the daemon, outside of a user's PATH."""
 
@@ -41,10 +41,13 @@ def find_mosquitto() -> str | None:
 
 
 def find_acl_plugin() -> Path | None:
-    """Where the ACL plugin of Mosquitto 2.1 and newer is installed, or ``None``."""
-    for folder in _PLUGIN_FOLDERS:
-        for path in sorted(Path("/").glob(f"{folder}/mosquitto_acl_file.so")):
-            return path
+    """Where the ACL plugin of Mosquitto 2.1 and newer is installed, or ``None``; first where the program is."""
+    program = find_mosquitto()
+    beside = [] if program is None else [Path(program).absolute().parents[1]]
+    for prefix in (*beside, Path("/usr"), Path("/usr/local")):
+        for folder in _PLUGIN_FOLDERS:
+            for path in sorted(prefix.glob(f"{folder}/mosquitto_acl_file.so")):
+                return path
     return None
 
 

@@ -5,6 +5,10 @@ session in a queue that is named for the client id. Rights are regular expressio
 exchanges and queues, and on topics. The first binds the client id to the certificate's name, since nobody may touch
 the queue of another's session; the second is the access list. What is not allowed ends the connection.
 
+The two come in two files. RabbitMQ takes in the first layer before the second, may let clients in meanwhile, and grants
+every topic to a user about whose topics it has been told nothing: so it is told about topics first, and a user can do
+nothing before the second file.
+
 A user must exist before it connects, so every member has to be listed: there is no "any certified device", and the
 patterns for it are left out.
 """
@@ -21,10 +25,11 @@ from fleetfed.broker.render import Inventory, render_acl
 from fleetfed.shared.errors import ConfigError
 
 EXCHANGE: Final = "amq.topic"
+FOLDER: Final = "definitions"
 
 
-def render_definitions(inventory: Inventory, *, vhost: str = "/") -> str:
-    """The text of ``definitions.json``, for the setting ``load_definitions``.
+def render_definitions(inventory: Inventory, *, vhost: str = "/") -> dict[str, str]:
+    """Names and texts of the files for the setting ``load_definitions``, which takes in a folder's files by name.
 
     Raises:
         ConfigError: somebody is listed to be shut out.
@@ -46,13 +51,9 @@ def render_definitions(inventory: Inventory, *, vhost: str = "/") -> str:
                 "read": _expression(rules, Access.READ),
             }
         )
-    tables: dict[str, Any] = {
-        "users": users,
-        "vhosts": [{"name": vhost}],
-        "permissions": permissions,
-        "topic_permissions": topics,
-    }
-    return json.dumps(tables, indent=1) + "\n"
+    known: dict[str, Any] = {"users": users, "vhosts": [{"name": vhost}], "topic_permissions": topics}
+    files = {"1-topics.json": known, "2-access.json": {"permissions": permissions}}
+    return {name: json.dumps(tables, indent=1) + "\n" for name, tables in files.items()}
 
 
 def _named(acl: Acl) -> dict[str, tuple[Rule, ...]]:

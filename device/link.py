@@ -25,6 +25,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.mqtt.config import ConnectionConfig, Will
 from fleetfed.shared.mqtt.errors import PACKET_TOO_LARGE
+from fleetfed.shared.mqtt.granting import ask_again
 from fleetfed.shared.mqtt.meter import ByteMeter
 from fleetfed.shared.mqtt.properties import connect_properties
 from fleetfed.shared.mqtt.sockets import open_socket
@@ -185,6 +186,7 @@ class Link:
         self._present = False
         self._early: list[Received] = []
         self._pending_grants: set[int] = set()
+        self._asked = 0.0
         self._tokens: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
         self._window = self._config.max_inflight
@@ -379,6 +381,7 @@ class Link:
         # MQTT 5 section 3.2.2.3.3: more unconfirmed messages than this are a protocol error.
         self._window = min(self._window, getattr(properties, "ReceiveMaximum", 65535))
         self._max_packet = min(self._max_packet, getattr(properties, "MaximumPacketSize", 1 << 28))
+        self._asked = time.monotonic()
         self._subscribe(self._session.filters())
         self._announce_if_granted()
 
@@ -403,6 +406,7 @@ class Link:
         for message in self._early:
             self._session.receive(message)
         self._early.clear()
+        self._subscribe(ask_again(self._session.filters(), seconds=time.monotonic() - self._asked))
 
     def _on_message(self, client: paho.Client, userdata: Any, message: paho.MQTTMessage) -> None:
         try:

@@ -12,6 +12,11 @@ from hypothesis import settings
 # Tests are imported by path, so what they share needs a place on the path: a folder that holds nothing else.
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
+# The brokers to test against instead of those that are installed (`brokers/install.sh`), Mosquitto among them.
+if "FLEETFED_BROKERS" in os.environ:
+    unpacked = Path(os.environ["FLEETFED_BROKERS"]).resolve()
+    os.environ |= {"FLEETFED_BROKERS": str(unpacked), "PATH": f"{unpacked}/usr/sbin:{os.environ.get('PATH', '')}"}
+
 from fleetfed_testing.fixtures import (
     any_broker,
     any_plain_broker,

@@ -85,8 +85,8 @@ def render_(
 ) -> None:
     """Write the access list and mosquitto.conf for a broker, from the keys that were issued.
 
-    For RabbitMQ it is definitions.json and for NATS users.conf; the rest of their settings are shipped as they are, in
-    deploy/brokers.
+    For RabbitMQ it is the folder definitions and for NATS users.conf; the rest of their settings are shipped as they
+    are, in deploy/brokers.
     """
     if (keys is None) == (inventory is None):
         raise click.UsageError("give either --keys or --inventory")
@@ -103,11 +103,12 @@ def render_(
         assert inventory is not None
         members = load_inventory(inventory)
     if Engine(engine) is not Engine.MOSQUITTO:
-        files = [render_rights(Engine(engine), members, out)]
+        files = render_rights(Engine(engine), members, out)
         if as_json:
             output.print_json({"files": files, "members": len(members.members)})
         else:
-            print(files[0])
+            for path in files:
+                print(path)
         return
     if config is not None:
         settings = load_config(config)

@@ -35,6 +35,7 @@ from fleetfed.shared.mqtt.addresses import Addresses
 from fleetfed.shared.mqtt.backoff import Backoff
 from fleetfed.shared.mqtt.config import ConnectionConfig, Will
 from fleetfed.shared.mqtt.errors import PublishRefusedError, SessionLostError, SubscribeRefusedError
+from fleetfed.shared.mqtt.granting import ask_again
 from fleetfed.shared.mqtt.link import Incoming, Link, LinkError
 from fleetfed.shared.mqtt.meter import ByteMeter
 from fleetfed.shared.mqtt.tls import client_context
@@ -305,6 +306,7 @@ class Session:
             # The broker kept the session's filters, those too that were dropped while there was no connection.
             await self._drop_unwanted(link)
             await link.subscribe_all(self._subscriptions)
+            await link.subscribe_all(ask_again(self._subscriptions, seconds=time.monotonic() - began))
             _heed_cancellation()
             await self._say_again(link)
             self._link = link

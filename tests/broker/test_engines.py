@@ -46,6 +46,14 @@ TOPICS = [
 ]
 
 
+def definitions() -> dict[str, Any]:
+    """What RabbitMQ knows in the end."""
+    tables: dict[str, Any] = {}
+    for text in render_definitions(FLEET).values():
+        tables |= json.loads(text)
+    return tables
+
+
 def granted(name: str, access: Access) -> set[str]:
     acl = parse_acl(render_acl(FLEET))
     return {topic for topic in TOPICS if acl.allows(access, topic, username=name, client_id=name)}
@@ -53,7 +61,7 @@ def granted(name: str, access: Access) -> set[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rabbitmq_grants_what_the_list_grants(name: str) -> None:
-    tables = json.loads(render_definitions(FLEET))
+    tables = definitions()
     (rights,) = [row for row in tables["topic_permissions"] if row["user"] == name]
     for access, key in ((Access.READ, "read"), (Access.WRITE, "write")):
         rule = re.compile(rights[key])
@@ -87,7 +95,7 @@ def test_nats_knows_everybody_by_the_subject_of_the_certificate() -> None:
 
 
 def test_rabbitmq_lets_nobody_have_the_session_of_another() -> None:
-    tables = json.loads(render_definitions(FLEET))
+    tables = definitions()
     rules = {row["user"]: row for row in tables["permissions"]}
     for name, other in itertools.product(("d-1", "g-north"), ("d-1", "d-2", "d-12", "g-north", "xd-1")):
         for right in ("configure", "read", "write"):
@@ -97,9 +105,17 @@ def test_rabbitmq_lets_nobody_have_the_session_of_another() -> None:
     assert all(not row["password_hash"] for row in tables["users"]), "nobody logs in with a password"
 
 
+def test_rabbitmq_lets_nobody_in_before_it_knows_their_topics() -> None:
+    """It takes in files by name, permissions before topics, and grants every topic where it was told of none."""
+    first, second = (json.loads(text) for _, text in sorted(render_definitions(FLEET).items()))
+    assert {row["user"] for row in first["topic_permissions"]} == {row["name"] for row in first["users"]} == {*NAMES}
+    assert "permissions" not in first
+    assert {row["user"] for row in second["permissions"]} == {*NAMES}
+
+
 def test_a_wildcard_of_rabbitmq_in_the_middle_widens_nothing() -> None:
     """A level of a subscription is checked as it is written, and `#` stands for any number of levels."""
-    tables = json.loads(render_definitions(FLEET))
+    tables = definitions()
     (rights,) = [row for row in tables["topic_permissions"] if row["user"] == "g-north"]
     assert re.search(rights["read"], "ff1.demo.north.d.*.up.state")
     for sly in ("ff1.demo.north.d.#.up.state", "ff1.demo.north.d.#", "#", "ff1.demo.*.d.*.up.state"):
@@ -109,13 +125,17 @@ def test_a_wildcard_of_rabbitmq_in_the_middle_widens_nothing() -> None:
 @pytest.mark.parametrize("engine", [Engine.RABBITMQ, Engine.NATS])
 def test_who_is_not_listed_is_not_known(engine: Engine, tmp_path: Path) -> None:
     without_devices = Inventory(fleet="demo", sites={"north": "g-north"})
-    assert "d-1" not in render_rights(engine, without_devices, tmp_path).read_text()
+    assert not any("d-1" in path.read_text() for path in render_rights(engine, without_devices, tmp_path))
     denied = Inventory(fleet="demo", sites=FLEET.sites, members=FLEET.members, denied=("d-9",))
     with pytest.raises(ConfigError, match="no user at all"):
         render_rights(engine, denied, tmp_path)
 
 
 def test_the_file_may_be_read_by_the_broker(tmp_path: Path) -> None:
-    path = render_rights(Engine.NATS, FLEET, tmp_path / "nats")
-    assert (path.name, path.stat().st_mode & 0o777) == ("users.conf", 0o644)
-    assert render_rights(Engine.RABBITMQ, FLEET, tmp_path / "mq").name == "definitions.json"
+    for engine, names in (
+        (Engine.NATS, ["users.conf"]),
+        (Engine.RABBITMQ, ["definitions/1-topics.json", "definitions/2-access.json"]),
+    ):
+        files = render_rights(engine, FLEET, tmp_path)
+        assert [str(path.relative_to(tmp_path)) for path in files] == names
+        assert all(path.stat().st_mode & 0o777 == 0o644 for path in files)

@@ -28,6 +28,14 @@ def test_2_1_loads_the_acl_as_a_plugin_where_it_is_installed(monkeypatch: pytest
     assert f"acl_file {tmp_path}/acl" in render_config(config, version=(2, 1, 0)).splitlines()
 
 
+def test_the_plugin_beside_the_program_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(mosquitto, "find_mosquitto", lambda: str(tmp_path / "sbin" / "mosquitto"))
+    plugin = tmp_path / "lib" / "x86_64-linux-gnu" / "mosquitto" / "mosquitto_acl_file.so"
+    plugin.parent.mkdir(parents=True)
+    plugin.touch()
+    assert mosquitto.find_acl_plugin() == plugin
+
+
 def test_persistence_saves_often_or_not_at_all(tmp_path: Path) -> None:
     assert "persistence false" in render_config(BrokerConfig(port=1)).splitlines()
     lines = render_config(BrokerConfig(port=1, persistence_dir=tmp_path)).splitlines()

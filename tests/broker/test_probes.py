@@ -230,12 +230,13 @@ async def test_many_retained_reach_one_wildcard(probed: Running, topic: str, nam
     await taker.disconnect()
 
 
-async def test_overlapping_subscriptions_give_one_copy(probed: Running, topic: str, name: str) -> None:
+async def test_overlapping_subscriptions_give_a_copy_each_at_most(probed: Running, topic: str, name: str) -> None:
+    """MQTT 3.1.1 section 3.3.5: Mosquitto gives one in all, and since 2.1 one for each."""
     client = await probed.client(name)
     await client.subscribe(f"{topic}/+", qos=0)
     await client.subscribe(f"{topic}/#", qos=1)
     await client.publish(f"{topic}/a", qos=1)
-    assert len(await client.waiting()) == 1
+    assert len(await client.waiting()) in ((1,) if probed.kind == "embedded" else (1, 2))
     await client.disconnect()
 
 

@@ -17,6 +17,7 @@ from fleetfed_testing.waiting import PATIENCE, wait_until
 
 from fleetfed.device.mqtt import Connected, DeviceSession, Disconnected, Event, PublishDone, Received
 from fleetfed.shared.errors import ConfigError, LocalProtocolError
+from fleetfed.shared.mqtt import granting
 from fleetfed.shared.mqtt.config import ConnectionConfig, Will
 from fleetfed.shared.mqtt.errors import SessionBusyError
 from fleetfed.shared.mqtt.tls import TlsFiles
@@ -93,6 +94,18 @@ def test_round_trip(any_broker: RunningBroker, device: MakeDevice) -> None:
     two = device(any_broker.config("d-2"), "news/#")
     assert two.get(Received).retained
     assert one.session.statistics().version5
+
+
+def test_a_broker_that_took_long_to_grant_is_asked_again_for_what_it_keeps(
+    any_broker: RunningBroker, device: MakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(granting, "SLOW", 0.0)
+    one = device(any_broker.config("d-1"))
+    one.session.publish("plan", b"7", retain=True)
+    one.get(PublishDone)
+    two = device(any_broker.config("d-2"), "plan")
+    copies = [two.get(Received) for _ in range(2)]
+    assert [(copy.payload, copy.retained) for copy in copies] == [(b"7", True), (b"7", True)]
 
 
 def test_burst_loses_nothing_and_keeps_order(any_broker: RunningBroker, device: MakeDevice) -> None:

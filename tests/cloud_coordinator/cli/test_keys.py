@@ -144,10 +144,11 @@ def test_render_writes_what_a_broker_reads(keys: Path, tmp_path: Path, capsys: p
         capsys, "broker", "render", "--keys", keys, "--identity", keys / "identities" / "operator", "--out", out
     )
     assert (code, answer["error"]) == (2, "config")
-    for engine, file in (("rabbitmq", "definitions.json"), ("nats", "users.conf")):
+    rabbitmq = ["definitions/1-topics.json", "definitions/2-access.json"]
+    for engine, files in (("rabbitmq", rabbitmq), ("nats", ["users.conf"])):
         code, answer = call(capsys, "broker", "render", "--for", engine, "--keys", keys, "--out", out)
-        assert (code, answer["files"]) == (0, [str(out / file)])
-        assert "g-north" in (out / file).read_text()
+        assert (code, answer["files"]) == (0, [str(out / file) for file in files])
+        assert all("g-north" in (out / file).read_text() for file in files)
     code, answer = call(capsys, "broker", "render", "--for", "nats", "--keys", keys, "--identity", keys, "--out", out)
     assert (code, answer["error"]) == (2, "usage")
 

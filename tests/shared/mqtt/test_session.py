@@ -15,6 +15,7 @@ from fleetfed_testing.waiting import PATIENCE, eventually
 
 from fleetfed.cloud_coordinator.keys.pki import Role
 from fleetfed.shared.errors import ConfigError, LocalProtocolError
+from fleetfed.shared.mqtt import granting
 from fleetfed.shared.mqtt.config import Will
 from fleetfed.shared.mqtt.errors import PublishRefusedError, SessionLostError
 from fleetfed.shared.mqtt.session import Session
@@ -50,6 +51,18 @@ async def test_retained_message_comes_marked(any_broker: RunningBroker, peer: Ma
     two = await peer(any_broker.config("d-2"), "plan")
     await two.until(lambda: two.messages)
     assert two.messages == [("plan", b"7", True)]
+
+
+async def test_a_broker_that_took_long_to_grant_is_asked_again_for_what_it_keeps(
+    any_broker: RunningBroker, peer: MakePeer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(granting, "SLOW", 0.0)
+    one = await peer(any_broker.config("d-1"))
+    for topic in ("plan", "state/d-1"):
+        await one.session.publish(topic, b"7", retain=True)
+    two = await peer(any_broker.config("d-2"), "plan", "state/+")
+    await two.until(lambda: len(two.messages) == 3)
+    assert sorted(two.messages) == [("plan", b"7", True), ("plan", b"7", True), ("state/d-1", b"7", True)]
 
 
 async def test_round_trip_has_no_hidden_delay(any_broker: RunningBroker, peer: MakePeer) -> None:

@@ -75,6 +75,7 @@ class RabbitMq:
         if not found:
             pytest.skip(f"rabbitmq-server is not here: {_HOW}")
         self._server = str(found[-1])
+        self.version = tuple(int(part) for part in found[-1].parents[1].name.split("-")[1].split("."))
         self._erl = find("usr/lib/erlang/bin/erl", "erl")
         self._epmd = find("usr/lib/erlang/bin/epmd", "epmd")
         self.ports = [free_port()]
@@ -123,8 +124,10 @@ class RabbitMq:
         del fleet
         control = Path(self._server).with_name("rabbitmqctl")
         environment = {**os.environ, **self._environment()}
-        for command in (("delete_user", name), ("close_all_user_connections", name, "revoked")):
-            subprocess.run([control, *command], env=environment, check=True, capture_output=True)
+        # It may listen before it takes commands.
+        for command in (("await_startup",), ("delete_user", name), ("close_all_user_connections", name, "revoked")):
+            done = subprocess.run([control, *command], env=environment, check=False, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
 
     def forget(self) -> None:
         """What the disk held is gone."""
