@@ -41,7 +41,7 @@ from fleetfed.shared.trust.certificates import Role
 from fleetfed.shared.wire.blobs import publishable
 from fleetfed.shared.wire.chunks import Assembler
 from fleetfed.shared.wire.envelope import MessageKind
-from fleetfed.shared.wire.messages import Outcome, PatchRef, Quantization, Receipt, RoundEnd, Weighting
+from fleetfed.shared.wire.messages import Outcome, PatchRef, Plan, Quantization, Receipt, RoundEnd, Weighting
 from fleetfed.shared.wire.privacy import Mechanism, Privacy
 from fleetfed.shared.wire.topics import Broadcast, Kind, SiteTopics, Verb
 
@@ -141,9 +141,8 @@ class FakeSession:
 
 
 @functools.cache
-def messages(masked: bool) -> tuple[Any, ...]:
-    """Two versions, the patch between them, a plan for each."""
-    changes = MASKED.changes(privacy=NOISY, weighting=Weighting.UNIFORM, quantization=UNIFORM) if masked else {}
+def versions() -> tuple[Any, ...]:
+    """Two versions with their objects, and the patch between them."""
     one, blobs = manifest_of(MODEL.data, CARD, version=1, sha256=hashlib.sha256(MODEL.data).digest())
     made = make_patch(MODEL.data, np.full(CARD.parameters, 0.01), CARD.table)
     blob = publishable(made.patch)
@@ -155,7 +154,14 @@ def messages(masked: bool) -> tuple[Any, ...]:
         blob=blob.ref,
     )
     two, more = manifest_of(made.file, CARD, version=2, sha256=made.target_sha256, patches=((patch, blob),))
-    return one, blobs, plan_for(CARD, one, round_=1, **changes), two, more, plan_for(CARD, two, round_=2, **changes)
+    return one, blobs, two, more
+
+
+def plans(masked: bool) -> tuple[Plan, Plan]:
+    """One for each version; made for each life, whose deadlines they have."""
+    changes = MASKED.changes(privacy=NOISY, weighting=Weighting.UNIFORM, quantization=UNIFORM) if masked else {}
+    one, _, two, _ = versions()
+    return plan_for(CARD, one, round_=1, **changes), plan_for(CARD, two, round_=2, **changes)
 
 
 def announce(world: World, blobs: Any, manifest: Any, plan: Any) -> Any:
@@ -230,7 +236,8 @@ def accepted(round_: int) -> Any:
 
 def live(directory: Path, cut: int, *, lossy: bool, masked: bool) -> Life:
     """Two rounds, with the death at step ``cut``; everything that must hold is checked."""
-    one, blobs, first, two, more, second = messages(masked)
+    one, blobs, two, more = versions()
+    first, second = plans(masked)
     world = FakeSession.world = World()
     # Read anew for every update that arrives: from the disk, as a restart would.
     world.ledger = lambda: Ledger(directory / "state" / "ledger", disk=Disk(), spent=0).account("demo")
