@@ -175,19 +175,22 @@ def line(status: Status) -> str:
     last = status.history[-1] if status.history else {}
     accuracy = last.get("accuracy")
     shown = f", accuracy {accuracy:.4f}" if isinstance(accuracy, float) else ""
+    waits = f"; waits for {status.waiting_for}" if status.waiting_for else ""
     return (
         f"{status.state}: round {status.round}, version {status.version}, "
-        f"{status.accepted} of {status.expected} devices{shown}"
+        f"{status.accepted} of {status.expected} devices{shown}{waits}"
     )
 
 
 def _live(status: Status) -> Any:
     from rich.console import Group
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.text import Text
 
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("devices"))
     bar.add_task(f"{status.state}, round {status.round}", total=max(1, status.expected), completed=status.accepted)
-    return Group(history_table(list(status.history)[-_HISTORY:]), bar)
+    waits = [Text(f"waits for {status.waiting_for}")] if status.waiting_for else []
+    return Group(history_table(list(status.history)[-_HISTORY:]), bar, *waits)
 
 
 def history_table(history: list[dict[str, Any]]) -> Any:

@@ -514,6 +514,7 @@ class Status:
         round: the current or last round.
         version: the current model version.
         accepted, expected: devices in the current round.
+        waiting_for: why no round is open, or does not end; empty where nothing is waited for.
         history: the last rounds, oldest first, as `fleetfed round status --json` shows them.
     """
 
@@ -524,3 +525,4 @@ class Status:
     expected: Count = 0
     deadline: Millis = 0
     history: Annotated[tuple[dict[str, Any], ...], Length(0, 1000)] = ()
+    waiting_for: Text = ""
