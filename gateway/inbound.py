@@ -191,6 +191,8 @@ class Inbound:
         match where.verb:
             case Verb.STATE:
                 presence = codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE) if payload else None
+                if presence is not None and presence.outlived(self._clock()):
+                    presence = None
                 if kind is Kind.GATEWAY:
                     presence = self._uplinks.presence(member, presence)
                 self._fed_in_order(ev.PresenceArrived(kind=kind, member=member, presence=presence))

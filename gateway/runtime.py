@@ -347,9 +347,16 @@ class Gateway:
     # --- Connections ---------------------------------------------------------------------------------------------
 
     def _presence(self, life: Life, *, since: int) -> bytes:
-        serial = self.certificate.serial
+        own = self.certificate
         return codec.encode(
-            Presence(life=life, session=self._life, since=since, software=software("gateway"), serial=serial)
+            Presence(
+                life=life,
+                session=self._life,
+                since=since,
+                software=software("gateway"),
+                serial=own.serial,
+                until=own.not_after,
+            )
         )
 
     async def _say(self, session: Session, topic: str, payload: bytes) -> None:

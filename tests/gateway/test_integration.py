@@ -153,7 +153,8 @@ async def test_a_round_from_the_manifest_to_the_receipt(site: Site) -> None:
     state = site.up.up(Kind.GATEWAY, "g-north", Verb.STATE)
     await eventually(lambda: coordinator.heard[state])
     said = codec.decode(Presence, coordinator.last(state), limit=65536)
-    assert (said.life, said.serial) == (Life.READY, gateway.certificate.serial)
+    own = gateway.certificate
+    assert (said.life, said.serial, said.until) == (Life.READY, own.serial, own.not_after)
     await eventually(lambda: all(device.heard[north.broadcast(Broadcast.MODEL)] for device in devices))
     census_topic = site.up.up(Kind.GATEWAY, "g-north", Verb.CENSUS)
     await eventually(
