@@ -70,7 +70,8 @@ class RoundSettings:
         target_accuracy: finish when a version reaches it, on the validation set if there is one, else over the
             devices' held-out examples; 0 for none.
         interval: seconds between the end of a round and the next.
-        start_when: devices that must be ready or asleep before a round opens.
+        start_when: devices that must be ready or asleep before a round opens; those that are revoked afterwards are
+            no longer asked for.
         fraction, labels, minimum_examples: which devices take part (`messages.Eligibility`).
         quorum_fraction, quorum_minimum, cohort_cap: when a round closes and counts (`messages.Quorum`).
         deadline: seconds from opening until leaf gateways close.

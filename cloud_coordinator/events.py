@@ -71,13 +71,22 @@ class FleetChanged:
         gateways: direct gateways that are ready.
         stopped: direct gateways that stopped for good.
         devices: devices that are ready or asleep, in all their subtrees.
+        known: devices that the gateways know, in whatever state; also behind gateways that are away.
         helper: whether a helper is there, with a key.
     """
 
     gateways: frozenset[str]
     stopped: frozenset[str] = frozenset()
     devices: int
+    known: int = 0
     helper: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CertificatesRevoked:
+    """The revocation list in force names so many certificates that the one before did not."""
+
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +313,7 @@ Event = (
     Started
     | ModelStored
     | FleetChanged
+    | CertificatesRevoked
     | StartRequested
     | PauseRequested
     | ResumeRequested

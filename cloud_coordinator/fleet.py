@@ -90,6 +90,7 @@ class Fleet:
             gateways=ready,
             stopped=frozenset(name for name in self.presences if self.life(name) is Life.DISCONNECTED),
             devices=_total(c.ready + c.sleeping for name, c in self.censuses.items() if name in ready),
+            known=_total(census.devices for census in self.censuses.values()),
         )
 
     @property

@@ -84,6 +84,8 @@ class Inbox:
         match topic.kind, topic.verb:
             case Kind.GATEWAY, Verb.STATE:
                 presence = codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE) if payload else None
+                if presence is not None and presence.outlived(coordinator.clock()):
+                    presence = None
                 if coordinator.fleet.presence(member, self._uplinks.presence(member, presence)):
                     coordinator.fleet_changed()
             case Kind.GATEWAY, Verb.LINK:

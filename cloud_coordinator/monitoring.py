@@ -201,7 +201,7 @@ def _rounds(samples: Samples, coordinator: Coordinator) -> None:
     samples.set("fleetfed_target_accuracy_ratio", settings.target_accuracy)
     if machine.reached:
         samples.set("fleetfed_rounds_to_target", machine.last_round - machine.run.first_round + 1)
-    samples.set("fleetfed_problem", bool(coordinator.waiting_for()))
+    samples.set("fleetfed_problem", bool(coordinator.problem()))
     rows: list[Mapping[str, Any]] = list(reversed(history))
     samples.set("fleetfed_round_closed_timestamp_seconds", rows[0]["closed"] / 1000 if rows else 0)
     made = next((index for index, row in enumerate(rows) if row["version"]), len(rows))

@@ -527,7 +527,7 @@ class Coordinator:
         signed = self.sign(MessageKind.STATUS, self.status(), now=self.clock())
         self.send(Outgoing(topic=self.topics.broadcast(Broadcast.STATUS), payload=signed.encode(), retain=True))
 
-    def waiting_for(self) -> str:
+    def problem(self) -> str:
         """Why no round is open, or does not end, where somebody can do something about it; empty for nothing."""
         machine, run = self.machine, self.machine.run
         asked = self.reveals.waiting_for_helper
@@ -542,4 +542,6 @@ class Coordinator:
     def status(self) -> Status:
         """What the coordinator is doing."""
         progress = self.fleet.progress(self.machine.last_round)
-        return report.status_of(self.machine, self.newest(), progress=progress, history=self.history)
+        return report.status_of(
+            self.machine, self.newest(), progress=progress, history=self.history, problem=self.problem()
+        )

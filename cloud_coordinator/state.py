@@ -24,6 +24,7 @@ from typing import ClassVar, Final
 from fleetfed.cloud_coordinator.config import RoundSettings
 from fleetfed.cloud_coordinator.events import (
     AbortRequested,
+    CertificatesRevoked,
     CommitStored,
     FleetChanged,
     Instruction,
@@ -97,12 +98,14 @@ class Run:
         settings: of the rounds.
         first_round: the rounds that count towards ``settings.rounds`` are this one and later.
         problem: why no round could be opened, or made a version of, when that was tried last; empty for nothing.
+        revoked: certificates that were revoked since the rounds were asked for.
     """
 
     wish: Wish = Wish.NOTHING
     settings: RoundSettings
     first_round: int = 1
     problem: str = ""
+    revoked: int = 0
 
 
 class CoordinatorMachine(Machine[State]):
@@ -158,6 +161,16 @@ class CoordinatorMachine(Machine[State]):
         """Whether this run has the accuracy that it is for."""
         return 0 < self.run.settings.target_accuracy <= (self._accuracy or 0.0)
 
+    @property
+    def needed(self) -> int:
+        """Devices that must be ready or asleep before a round opens.
+
+        Whoever was revoked since ``start_when`` was given cannot come any more: it goes down to the devices that are
+        left, by one per certificate at most, so that a gateway that knows few for a moment opens no round with those.
+        """
+        wanted = self.run.settings.start_when
+        return max(1, wanted - self.run.revoked, min(wanted, self.fleet.known))
+
     def validate(self) -> None:
         """Assert every invariant."""
         assert (self.round is not None) == (self.state in (State.COLLECTING, State.STEPPING)), self.state
@@ -184,7 +197,7 @@ class CoordinatorMachine(Machine[State]):
 
     def _fleet_is_ready(self) -> bool:
         settings = self.run.settings
-        enough = bool(self.fleet.gateways) and self.fleet.devices >= settings.start_when
+        enough = bool(self.fleet.gateways) and self.fleet.devices >= self.needed
         return enough and (self.fleet.helper or not settings.needs_helper)
 
     def _rest(self, now: int) -> list[Instruction]:
@@ -269,6 +282,12 @@ class CoordinatorMachine(Machine[State]):
         self.round.awaited -= gone
         stored = [StoreAwaited(self.round.number, frozenset(self.round.awaited))] if gone else []
         return [*stored, *self._close_if_complete(now)]
+
+    def _certificates_revoked(self, event: CertificatesRevoked, now: int) -> list[Instruction]:
+        if self.run.wish is Wish.NOTHING:
+            return []
+        self.run = replace(self.run, revoked=self.run.revoked + event.count)
+        return [StoreRun(), *(self._rest(now) if self.state is State.WAITING else [])]
 
     def _timer(self, event: TimerFired, now: int) -> list[Instruction]:
         del event
@@ -411,11 +430,15 @@ def _table() -> dict[tuple[State, type], Edge]:
     for state in resting:
         table[state, Started] = Edge("_started", state, s.OPENING) if state is s.WAITING else Edge("_started", state)
         table[state, ModelStored] = Edge("_model_stored", *between)
-        table[state, FleetChanged] = Edge("_fleet_changed", *((state, s.OPENING) if state is s.WAITING else (state,)))
-        table[state, TimerFired] = Edge("_timer", *((state, s.OPENING) if state is s.WAITING else (state,)))
+        waits = (state, s.OPENING) if state is s.WAITING else (state,)
+        table[state, FleetChanged] = Edge("_fleet_changed", *waits)
+        table[state, CertificatesRevoked] = Edge("_certificates_revoked", *waits)
+        table[state, TimerFired] = Edge("_timer", *waits)
         table[state, StartRequested] = Edge("_start", s.NO_MODEL, s.WAITING, s.OPENING)
         table[state, PauseRequested] = Edge("_pause", s.NO_MODEL, s.PAUSED)
         table[state, ResumeRequested] = Edge("_resume", s.NO_MODEL, s.WAITING, s.OPENING, s.FINISHED)
+    for state in (s.COLLECTING, s.STEPPING):
+        table[state, CertificatesRevoked] = Edge("_certificates_revoked")
     for state in (*resting, s.STEPPING):
         table[state, ProposalVerified] = Edge("_late", state)
         table[state, RevealVerified] = Edge("_late", state)

@@ -440,6 +440,7 @@ class DeviceRuntime:
                 software=self._software[:100],
                 labels=self._settings.labels,
                 serial=self._signer.certificate.serial,
+                until=self._signer.certificate.not_after,
             )
         )
 

@@ -88,6 +88,7 @@ class Inbound:
         linked: called with whether the own broker's bridge to the tier above is up.
         trusted: takes a bundle of trust metadata.
         told: takes a device's id and what it tells of itself.
+        neighbour: takes what a node of the own site says of its presence, and whether it was said just now.
         clock: unix milliseconds.
     """
 
@@ -111,8 +112,10 @@ class Inbound:
         trusted: Callable[[bytes], None] = lambda _: None,
         linked: Callable[[bool], None] = lambda _: None,
         told: Callable[[str, bytes], None] = lambda _device, _payload: None,
+        neighbour: Callable[[Presence, bool], None] = lambda _presence, _live: None,
     ) -> None:
         self._told = told
+        self._neighbour = neighbour
         self._linked = linked
         self._uplinks = Uplinks()
         self._trusted = trusted
@@ -152,7 +155,7 @@ class Inbound:
             if where.fleet != self._site.fleet:
                 raise RemoteProtocolError(RejectReason.WRONG_FLEET, topic[:200])
             if where.site == self._site.site:
-                self._from_below(where, payload)
+                self._from_below(where, payload, live=live)
             elif where.site == self._upstream.site:
                 self._from_above(where, payload, live=live)
             else:
@@ -179,13 +182,17 @@ class Inbound:
 
     # --- Below ---------------------------------------------------------------------------------------------------
 
-    def _from_below(self, where: Any, payload: bytes) -> None:
+    def _from_below(self, where: Any, payload: bytes, *, live: bool) -> None:
+        if isinstance(where, BroadcastTopic) and where.what is Broadcast.NODE and payload:
+            self._neighbour(codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE), live)
         if not isinstance(where, MemberTopic):
             return
         kind, member = where.kind, where.member
         match where.verb:
             case Verb.STATE:
                 presence = codec.decode(Presence, payload, limit=limits.MAX_SMALL_MESSAGE) if payload else None
+                if presence is not None and presence.outlived(self._clock()):
+                    presence = None
                 if kind is Kind.GATEWAY:
                     presence = self._uplinks.presence(member, presence)
                 self._fed_in_order(ev.PresenceArrived(kind=kind, member=member, presence=presence))

@@ -76,6 +76,7 @@ class GatewayView:
         samples.set("fleetfed_updates_accepted_total", status.accepted)
         samples.set("fleetfed_update_bytes_total", gateway.performer.accepted_bytes)
         samples.set("fleetfed_journal_commits_total", status.journal_commits)
+        samples.set("fleetfed_site_rivals", len(gateway.rivals.serials))
         samples.histogram(tally.rounds)
 
         samples.set("fleetfed_round_number", status.round)

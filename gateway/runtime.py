@@ -26,6 +26,7 @@ from fleetfed.gateway.perform import Performer
 from fleetfed.gateway.pipeline import Pipeline
 from fleetfed.gateway.record import Place
 from fleetfed.gateway.relay import Relay
+from fleetfed.gateway.rivals import Rivals
 from fleetfed.gateway.state import GatewayMachine
 from fleetfed.gateway.status import Status, write_status
 from fleetfed.gateway.telemetry import Tales
@@ -117,9 +118,10 @@ class Gateway:
         self.tally = GatewayTally()
         self.tales = Tales()
         self._bridge_up = True
-        self._birth = b""
+        self._birth = self._site_birth = b""
         self._life = secrets.randbits(62)
         self._verifier = identity.verifier()
+        self.rivals = Rivals(certificate.site, certificate.serial, self._is_revoked)
         state = config.state
         state.mkdir(parents=True, exist_ok=True)
         self.trust = TrustKeeper(state / "trust.bin", identity, self._verifier)
@@ -187,6 +189,7 @@ class Gateway:
             trusted=self._new_trust,
             linked=self._bridged,
             told=lambda device, payload: self.tales.take(device, payload, now=unix_ms()),
+            neighbour=self._neighbour,
         )
         self._systemd = Notifier()
         self._timer_changed = asyncio.Event()
@@ -216,7 +219,8 @@ class Gateway:
 
     def _make_sessions(self, identity: Identity) -> None:
         config, folder = self.config, self.config.identity
-        below = [self.site.all_up(kind, verb) for kind, verb in _HEARD_BELOW]
+        below = [self.site.broadcast(Broadcast.NODE)]
+        below += [self.site.all_up(kind, verb) for kind, verb in _HEARD_BELOW]
         if config.monitoring.listen:
             # Else nobody would look at it.
             below.append(self.site.all_up(Kind.DEVICE, Verb.TELEMETRY))
@@ -343,9 +347,16 @@ class Gateway:
     # --- Connections ---------------------------------------------------------------------------------------------
 
     def _presence(self, life: Life, *, since: int) -> bytes:
-        serial = self.certificate.serial
+        own = self.certificate
         return codec.encode(
-            Presence(life=life, session=self._life, since=since, software=software("gateway"), serial=serial)
+            Presence(
+                life=life,
+                session=self._life,
+                since=since,
+                software=software("gateway"),
+                serial=own.serial,
+                until=own.not_after,
+            )
         )
 
     async def _say(self, session: Session, topic: str, payload: bytes) -> None:
@@ -366,8 +377,8 @@ class Gateway:
                     await self._say(self._below, self.site.broadcast(what), raw)
         else:
             self.relay.resume()
-        birth = self._presence(Life.READY, since=unix_ms())
-        await self._say(self._below, self.site.broadcast(Broadcast.NODE), birth)
+        self._site_birth = self._presence(Life.READY, since=unix_ms())
+        await self._say(self._below, self.site.broadcast(Broadcast.NODE), self._site_birth)
         if first:
             self._fed(ev.SiteConnected(unix_ms() + round(1000 * self.config.limits.settle)))
             self._site_up.set()
@@ -402,6 +413,14 @@ class Gateway:
         await self._worker.room()
         await self._pipeline.room()
         self._rearm()
+
+    def _neighbour(self, presence: Presence, live: bool) -> None:
+        if self.rivals.heard(presence, live=live):
+            self.performer.publish(self._below, self.site.broadcast(Broadcast.NODE), self._site_birth, retain=True)
+            self._save_status()
+
+    def _is_revoked(self, serial: int) -> bool:
+        return serial in self._verifier.revocations.serials
 
     def _upstream_reborn(self) -> None:
         """The node above started anew, or its connection did: it may have missed what we said."""
@@ -480,7 +499,9 @@ class Gateway:
             return f"the bridge to site {self.upstream.site} is down"
         if self.trust.status(unix_ms()).get("stale"):
             return "the trust metadata has expired: no round counts"
-        return ""
+        if self._is_revoked(self.certificate.serial):
+            return "this gateway's own certificate was revoked: nobody believes it"
+        return self.rivals.describe()
 
     def status(self) -> Status:
         """What the gateway is doing."""

@@ -14,6 +14,8 @@ import click
 
 from fleetfed.cloud_coordinator.cli import output
 from fleetfed.cloud_coordinator.cli.control import ask, control_options
+from fleetfed.cloud_coordinator.control.client import ControlClient, OperatorConfig
+from fleetfed.cloud_coordinator.control.errors import NoAnswerError
 from fleetfed.shared.wire.messages import Command, Status
 
 _HISTORY = 12
@@ -140,7 +142,10 @@ def abort(reason: str, config: Path, timeout: float, as_json: bool) -> None:
 @control_options
 @output.json_option
 def watch(until_idle: bool, config: Path, timeout: float, as_json: bool) -> None:
-    """Follow the rounds as they run; Ctrl-C ends watching, not the rounds."""
+    """Follow the rounds as they run; Ctrl-C ends watching, not the rounds.
+
+    What the broker kept of a coordinator that is away is shown, and said to be old; --until-idle waits until one runs.
+    """
     if as_json:
         show: Callable[[Status], None] = lambda status: output.print_json(status, indent=None)  # noqa: E731
         _follow(config, timeout, until_idle, show)
@@ -154,17 +159,45 @@ def watch(until_idle: bool, config: Path, timeout: float, as_json: bool) -> None
 
 
 def _follow(config: Path, timeout: float, until_idle: bool, show: Callable[[Status], None]) -> None:
-    from fleetfed.cloud_coordinator.control.client import ControlClient, OperatorConfig
-
     async def run() -> None:
         async with ControlClient(OperatorConfig.load(config), timeout=timeout) as client:
-            async for status in client.watch():
-                show(status)
-                if until_idle and status.state in _RESTING:
-                    return
+            await follow(client, show, until_idle=until_idle)
 
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(run())
+
+
+async def follow(
+    client: ControlClient, show: Callable[[Status], None], *, until_idle: bool, timeout: float | None = None
+) -> None:
+    """Show every status, the retained one first; say so where nobody is there to say a newer one.
+
+    Args:
+        client: connected.
+        show: takes a status.
+        until_idle: return when the coordinator that runs now says that no further round is to come.
+        timeout: seconds to wait for its answer; the client's own by default.
+    """
+    told = ""
+
+    async def rests() -> bool:
+        nonlocal told
+        try:
+            answer = await client.request(Command.ROUND_STATUS, timeout=timeout)
+        except NoAnswerError as error:
+            if str(error) != told:
+                told = str(error)
+                click.secho(f"The coordinator is away, its status is old: {told}", fg="yellow", err=True)
+            return False
+        told = ""
+        return answer["state"] in _RESTING
+
+    await rests()
+    async for status in client.watch():
+        show(status)
+        # The broker keeps the last status for ever: only who runs now can say that nothing is to come.
+        if until_idle and status.state in _RESTING and await rests():
+            return
 
 
 _RESTING = frozenset({"idle", "finished", "paused"})
@@ -175,19 +208,22 @@ def line(status: Status) -> str:
     last = status.history[-1] if status.history else {}
     accuracy = last.get("accuracy")
     shown = f", accuracy {accuracy:.4f}" if isinstance(accuracy, float) else ""
+    waits = f"; waits for {status.waiting_for}" if status.waiting_for else ""
     return (
         f"{status.state}: round {status.round}, version {status.version}, "
-        f"{status.accepted} of {status.expected} devices{shown}"
+        f"{status.accepted} of {status.expected} devices{shown}{waits}"
     )
 
 
 def _live(status: Status) -> Any:
     from rich.console import Group
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.text import Text
 
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("devices"))
     bar.add_task(f"{status.state}, round {status.round}", total=max(1, status.expected), completed=status.accepted)
-    return Group(history_table(list(status.history)[-_HISTORY:]), bar)
+    waits = [Text(f"waits for {status.waiting_for}")] if status.waiting_for else []
+    return Group(history_table(list(status.history)[-_HISTORY:]), bar, *waits)
 
 
 def history_table(history: list[dict[str, Any]]) -> Any:

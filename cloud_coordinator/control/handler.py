@@ -24,6 +24,7 @@ from fleetfed.cloud_coordinator.control.arguments import Arguments
 from fleetfed.cloud_coordinator.control.errors import CommandError
 from fleetfed.cloud_coordinator.events import (
     AbortRequested,
+    CertificatesRevoked,
     ModelStored,
     PauseRequested,
     ResumeRequested,
@@ -286,10 +287,14 @@ class Control:
         revocations, by = open_revocations(message, coordinator.verifier, now=coordinator.clock())
 
         def apply() -> dict[str, Any]:
+            before = frozenset(coordinator.verifier.revocations.serials)
             coordinator.verifier.revoke(revocations, by=by)
+            after = frozenset(coordinator.verifier.revocations.serials)
             coordinator.store.put_document(REVOCATIONS, message)
             coordinator.publisher.revocations()
-            if coordinator.fleet.revoke(frozenset(coordinator.verifier.revocations.serials)):
+            if after - before:
+                coordinator.handle(CertificatesRevoked(len(after - before)))
+            if coordinator.fleet.revoke(after):
                 coordinator.fleet_changed()
             return {"version": revocations.version, "revoked": len(revocations.serials)}
 
@@ -348,7 +353,7 @@ class Control:
 
     def _status(self) -> dict[str, Any]:
         status = self._coordinator.status()
-        fleet = self._coordinator.fleet.summary()
+        fleet, machine = self._coordinator.fleet.summary(), self._coordinator.machine
         return {
             **self._summary(),
             "accepted": status.accepted,
@@ -356,10 +361,11 @@ class Control:
             "deadline": status.deadline,
             "gateways_ready": len(fleet.gateways),
             "devices_ready": fleet.devices,
-            "waiting_for": self._coordinator.waiting_for(),
+            "devices_needed": machine.needed,
+            "waiting_for": status.waiting_for,
             "rejected": self._coordinator.rejected.snapshot(),
             "trust": self._coordinator.trust.status(),
-            "settings": _plain(self._coordinator.machine.run.settings),
+            "settings": _plain(machine.run.settings),
             "privacy": self._coordinator.book.promise(),
             "history": list(status.history),
         }

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from fleetfed.cloud_coordinator.events import Member
 from fleetfed.cloud_coordinator.fleet import Progress
-from fleetfed.cloud_coordinator.state import CoordinatorMachine
+from fleetfed.cloud_coordinator.state import CoordinatorMachine, State
 from fleetfed.cloud_coordinator.storage.records import ExchangeRecord, RoundRecord, VersionRecord
 from fleetfed.shared.aggregate.meta import MetaSum
 from fleetfed.shared.wire import limits
@@ -117,6 +117,7 @@ def status_of(
     *,
     progress: Progress,
     history: Iterable[dict[str, Any]],
+    problem: str,
 ) -> Status:
     """The status, as it is published."""
     return Status(
@@ -127,7 +128,21 @@ def status_of(
         expected=progress.expected,
         deadline=machine.round.expires if machine.round is not None else 0,
         history=tuple(history),
+        waiting_for=(problem or who_is_missing(machine))[:2000],
     )
+
+
+def who_is_missing(machine: CoordinatorMachine) -> str:
+    """Who must come before a round opens; empty where none is wanted, or all are there."""
+    if machine.state is not State.WAITING:
+        return ""
+    if not machine.fleet.gateways:
+        return "a gateway: none is ready"
+    ready, needed, wanted = machine.fleet.devices, machine.needed, machine.run.settings.start_when
+    if ready >= needed:
+        return ""
+    why = f"start_when = {wanted}" if needed == wanted else f"start_when = {wanted}, less {wanted - needed} revoked"
+    return f"devices: {ready} of {needed} are ready or asleep ({why})"
 
 
 def history_row(record: RoundRecord) -> dict[str, Any]:

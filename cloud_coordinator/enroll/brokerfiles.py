@@ -24,11 +24,10 @@ from typing import Final
 from fleetfed.broker.render import Inventory, Member, load_inventory, render_acl, render_inventory
 from fleetfed.cloud_coordinator.enroll.config import BrokerFiles
 from fleetfed.cloud_coordinator.enroll.enroller import Enroller
-from fleetfed.cloud_coordinator.enroll.x509 import next_update
 from fleetfed.cloud_coordinator.keys.equip import owners_of
 from fleetfed.cloud_coordinator.keys.inventory import inventory_of
 from fleetfed.cloud_coordinator.keys.keyring import Keyring
-from fleetfed.cloud_coordinator.keys.pki import Listener
+from fleetfed.cloud_coordinator.keys.pki import Listener, next_update
 from fleetfed.shared.errors import ConfigError
 from fleetfed.shared.files import sync_directory, write_atomic
 from fleetfed.shared.wire.topics import Kind

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from fleetfed.cloud_coordinator.enroll.brokerfiles import CURRENT
-from fleetfed.cloud_coordinator.enroll.x509 import next_update
+from fleetfed.cloud_coordinator.keys.pki import next_update
 from fleetfed.shared.monitoring import facts
 from fleetfed.shared.monitoring.catalog import Role
 from fleetfed.shared.monitoring.samples import Samples

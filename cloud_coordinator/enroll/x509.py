@@ -195,21 +195,6 @@ def pem_of(der: bytes) -> bytes:
     return x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
 
 
-def next_update(pem: bytes) -> datetime | None:
-    """When the first of the revocation lists in a file will be too old; None where there is none.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    found = []
-    mark = b"-----END X509 CRL-----"
-    for part in pem.split(mark)[:-1]:
-        update = x509.load_pem_x509_crl(part[part.index(b"-----BEGIN") :] + mark).next_update_utc
-        if update is not None:
-            found.append(update)
-    return min(found, default=None)
-
-
 def _place(fleet: str) -> list[x509.NameAttribute[str]]:
     return [
         x509.NameAttribute(NameOID.ORGANIZATION_NAME, fleet),

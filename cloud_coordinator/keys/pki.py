@@ -403,6 +403,21 @@ class Pki:
         _apply(self._ledger, line)
 
 
+def next_update(pem: bytes) -> datetime | None:
+    """When the first of the revocation lists in a file will be too old; None where there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    found = []
+    mark = b"-----END X509 CRL-----"
+    for part in pem.split(mark)[:-1]:
+        update = x509.load_pem_x509_crl(part[part.index(b"-----BEGIN") :] + mark).next_update_utc
+        if update is not None:
+            found.append(update)
+    return min(found, default=None)
+
+
 def _name(fleet: str, name: str, unit: str) -> x509.Name:
     return x509.Name(
         [

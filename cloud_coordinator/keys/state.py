@@ -8,19 +8,22 @@ from typing import Any, Final
 from fleetfed.cloud_coordinator.keys.authoring import DAY
 from fleetfed.cloud_coordinator.keys.keyring import Keyring, MemberRole
 from fleetfed.cloud_coordinator.keys.owners import OFFLINE, Owners
+from fleetfed.cloud_coordinator.keys.pki import Listener, next_update
+from fleetfed.shared.errors import StorageError
 from fleetfed.shared.trust import tuf
 from fleetfed.shared.trust.keeper import WARN_BEFORE
 from fleetfed.shared.trust.tuf import Root, Targets
 
 _MEMBER_WARNING: Final = 60 * DAY
+_CRL_WARNING: Final = 30 * DAY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One role.
+    """One role, or one list that brokers need.
 
     Attributes:
-        role: its name.
+        role: its name; ``crl-site`` and ``crl-cloud`` are the brokers' revocation lists.
         version: in force; 0 where it has none.
         keys: their names.
         signatures: how many of how many keys sign.
@@ -46,6 +49,9 @@ def rows(owners: Owners, keyring: Keyring, live: dict[str, Any] | None, *, now: 
         keyring: the register of members.
         live: what the coordinator says; None if it was not asked.
         now: unix milliseconds.
+
+    Raises:
+        StorageError: a revocation list is missing or damaged.
     """
     found = []
     for cls, part in ((Root, owners.root), (Targets, owners.targets)):
@@ -82,7 +88,28 @@ def rows(owners: Owners, keyring: Keyring, live: dict[str, Any] | None, *, now: 
                     warning=warning,
                 )
             )
-    return found
+    return [*found, *(_crl(keyring, listener, now) for listener in Listener)]
+
+
+def _crl(keyring: Keyring, listener: Listener, now: int) -> Row:
+    path = keyring.crl_file(listener)
+    try:
+        until = next_update(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path}: {error}; write it again with `fleetfed keys crl`") from error
+    if until is None:
+        raise StorageError(f"{path}: no list is in it; write it again with `fleetfed keys crl`")
+    expires = round(until.timestamp() * 1000)
+    warning = "fleetfed keys crl, then bring it to the brokers" if expires - now <= _CRL_WARNING else ""
+    return Row(
+        role=f"crl-{listener}",
+        version=0,
+        keys=(),
+        signatures="-",
+        expires=expires,
+        days=(expires - now) / DAY,
+        warning=warning,
+    )
 
 
 def _row(owners: Owners, role: str, version: int, expires: int, now: int, warning: str) -> Row:

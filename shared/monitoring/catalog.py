@@ -129,6 +129,8 @@ _TOPICS: Final[dict[str, tuple[_Row, ...]]] = {
         ("fleetfed_site_connected", _GAUGE, ("site",), _C, "1 while the site's gateway is ready."),
         ("fleetfed_site_devices", _GAUGE, ("life",), _G,
          "Own devices of the site: ready, sleeping, lost, disconnected."),
+        ("fleetfed_site_rivals", _GAUGE, (), _G,
+         "Other gateways that say live that they serve this site; a site has one."),
         ("fleetfed_round_number", _GAUGE, (), (*_C, *_G), "The open round, or the last one."),
         ("fleetfed_round_open", _GAUGE, (), (*_C, *_G), "1 while a round is open here."),
         ("fleetfed_round_expected_devices", _GAUGE, (), (*_C, *_G),

@@ -150,7 +150,7 @@ def _warning(role: str, left: int) -> str:
     cure = {
         "root": "run `fleetfed keys renew root`",
         "targets": "run `fleetfed keys renew targets`",
-        "devices": "is the enrolment service running?",
+        "devices": "run `fleetfed-enroll publish` there, from a timer",
     }.get(role, "is the coordinator running, and does the broker pass on what it says?")
     days = f"expires in {left / _DAY:.1f} days" if left > 0 else f"expired {-left / _DAY:.1f} days ago: no round counts"
     return f"{role} {days}; {cure}"

@@ -392,6 +392,7 @@ class Presence:
         software: name and version of the program.
         labels: a device's own labels.
         serial: of the member's certificate, so that nobody waits for who is revoked; 0 for unknown.
+        until: when that certificate ends, because no list names it any more then; 0 for unknown.
     """
 
     life: Life
@@ -400,6 +401,14 @@ class Presence:
     software: Annotated[str, Length(0, 100)] = ""
     labels: Annotated[dict[str, str], Length(0, 32)] = field(default_factory=dict)
     serial: Count = 0
+    until: Millis = 0
+
+    def outlived(self, now: int) -> bool:
+        """Whether it is the last word of a member that no broker lets in any more.
+
+        A will is not: it may be older than the certificate that its member has renewed since, and nobody waits for it.
+        """
+        return self.life is not Life.LOST and 0 < self.until < now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -514,6 +523,7 @@ class Status:
         round: the current or last round.
         version: the current model version.
         accepted, expected: devices in the current round.
+        waiting_for: why no round is open, or does not end; empty where nothing is waited for.
         history: the last rounds, oldest first, as `fleetfed round status --json` shows them.
     """
 
@@ -524,3 +534,4 @@ class Status:
     expected: Count = 0
     deadline: Millis = 0
     history: Annotated[tuple[dict[str, Any], ...], Length(0, 1000)] = ()
+    waiting_for: Text = ""

@@ -318,6 +318,7 @@ class Bed:
             "coordinator_metrics": "0.0.0.0:9464",
             "gateway_metrics": "0.0.0.0:9465",
             "enroller_metrics": "0.0.0.0:9467",
+            "enroller_publish": "daily",
             "monitoring_alerts": str(ROOT / "deploy" / "monitoring" / "alerts.yml"),
             "device_settings": {"data": {"scale": 0.0625}},
         }  # fmt: skip

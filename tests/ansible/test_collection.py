@@ -122,6 +122,23 @@ def test_every_unit_is_confined() -> None:
         assert "User=root" not in text
 
 
+def test_what_a_timer_starts_is_a_unit_that_a_role_writes_and_is_seen_to_fail() -> None:
+    timers = _files("*/templates/*.timer.j2")
+    assert timers
+    for path in timers:
+        name = f"fleetfed-{path.parents[1].name}-{path.name.partition('.')[0]}"
+        tasks = [task for each in _files(f"{path.parents[1].name}/tasks/*.yml") for task in _tasks(_load(each))]
+        (unit,) = [
+            service
+            for task in tasks
+            if (service := task.get("vars", {}).get("common_service")) and service["name"] == name
+        ]
+        # A run that is repeated at once is never seen to have failed, and one without an end blocks the next.
+        assert (unit["type"], unit["restart"], unit["install"]) == ("oneshot", "no", False)
+        assert any(line.startswith("TimeoutStartSec=") for line in unit["service"])
+        assert "Persistent=true" in path.read_text().splitlines()
+
+
 def test_what_handles_a_secret_is_not_logged() -> None:
     seen = 0
     for path in [*_files("*/tasks/*.yml"), *sorted((COLLECTION / "playbooks").glob("*.yml"))]:

@@ -173,6 +173,28 @@ def test_a_device_that_no_play_reaches_enrols_with_a_token_once(bed: Bed) -> Non
     bed.shell(DEVICES[0], "rm -r /tmp/one /tmp/two /tmp/thief")
 
 
+def test_the_enrolment_services_word_is_published_by_a_timer_and_a_failure_is_seen(bed: Bed) -> None:
+    unit = "fleetfed-enroller-publish"
+    assert bed.shell(HUB, f"systemctl is-active {unit}.timer; systemctl is-enabled {unit}.timer") == "active\nenabled"
+    assert bed.shell(HUB, f"systemctl show -p NextElapseUSecRealtime --value {unit}.timer") != ""
+    assert "devices" not in bed.fleetfed("round", "status")["trust"]["expiries"]
+    bed.shell(HUB, f"systemctl start {unit}")
+    assert "devices" in bed.fleetfed("round", "status")["trust"]["expiries"]
+    text = bed.shell(HUB, f"systemd-analyze security --no-pager {unit} | tail -n 1")
+    exposure = re.search(r"([0-9.]+) OK", text)
+    assert exposure is not None, text
+    assert float(exposure[1]) < 1.5
+    try:
+        bed.shell(HUB, "systemctl stop fleetfed-coordinator")
+        bed.shell(HUB, f"systemctl start {unit}", check=False)
+        assert bed.shell(HUB, f"systemctl is-failed {unit}") == "failed"
+        assert "start it with" in bed.shell(HUB, f"journalctl -u {unit} --no-pager -o cat")
+    finally:
+        bed.shell(HUB, "systemctl start fleetfed-coordinator")
+    bed.shell(HUB, f"systemctl start {unit}")
+    assert bed.shell(HUB, f"systemctl is-failed {unit}", check=False) == "inactive"
+
+
 def test_what_the_vault_holds_is_in_one_file_and_in_no_output(bed: Bed) -> None:
     assert bed.shell(HUB, "stat -c '%U %a' /etc/fleetfed/pgpass") == "fleetfed-coordinator 600"
     # The format of that file escapes colons.

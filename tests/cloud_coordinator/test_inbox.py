@@ -20,7 +20,7 @@ from fleetfed.shared.trust.signer import Message
 from fleetfed.shared.wire import codec, limits
 from fleetfed.shared.wire.chunks import split
 from fleetfed.shared.wire.envelope import BODY_LIMITS, HEADER_SIZE, Digest, MessageKind
-from fleetfed.shared.wire.messages import Commit, Need, Plan, Revocations
+from fleetfed.shared.wire.messages import Commit, Life, Need, Plan, Presence, Revocations
 from fleetfed.shared.wire.topics import Kind, Verb
 
 
@@ -189,6 +189,14 @@ async def test_a_device_revoked_between_ingest_and_commit_is_left_out(round_: Op
     commit = await round_.propose(round_.north, heads)
     assert len(commit.members) == 2 * 16
     assert reasons(commit) == ["revoked"]
+
+
+async def test_a_gateway_whose_certificate_has_ended_is_not_there_whatever_the_broker_kept(round_: Open) -> None:
+    world = round_.world
+    for until, there in ((world.clock.now, True), (world.clock.now - 1, False)):
+        said = Presence(life=Life.READY, session=7, until=until)
+        await world.hear("north", Verb.STATE, codec.encode(said))
+        assert ("north" in world.coordinator.fleet_summary().gateways) is there
 
 
 async def test_a_proposal_for_another_plan_is_refused(round_: Open) -> None:

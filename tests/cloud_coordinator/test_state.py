@@ -26,8 +26,11 @@ def machine(*, model: bool = True, wish: Wish = Wish.ROUNDS, **settings: Any) ->
     return CoordinatorMachine(run=Run(wish=wish, settings=RoundSettings(**settings)), has_model=model)
 
 
-def fleet(*gateways: str, devices: int = 10, stopped: tuple[str, ...] = ()) -> ev.FleetChanged:
-    return ev.FleetChanged(gateways=frozenset(gateways), stopped=frozenset(stopped), devices=devices)
+def fleet(
+    *gateways: str, devices: int = 10, known: int | None = None, stopped: tuple[str, ...] = ()
+) -> ev.FleetChanged:
+    known = devices if known is None else known
+    return ev.FleetChanged(gateways=frozenset(gateways), stopped=frozenset(stopped), devices=devices, known=known)
 
 
 def named(gateway: str, number: int = 0) -> ev.Named:
@@ -117,6 +120,52 @@ def test_a_round_waits_for_enough_devices_and_for_gateways_to_gather() -> None:
     assert driver.machine.state is State.COLLECTING
     assert driver.machine.round is not None
     assert driver.machine.round.awaited == {"a", "b"}
+
+
+def waiting_for_ten() -> Driver:
+    driver = Driver(machine(start_when=10))
+    driver.feed(fleet("a", devices=9, known=10))
+    driver.tick(10_000)
+    assert driver.machine.state is State.WAITING
+    return driver
+
+
+@pytest.mark.parametrize("first", ["list", "census"])
+def test_who_was_revoked_is_no_longer_asked_for(first: str) -> None:
+    driver = waiting_for_ten()
+    news: list[object] = [ev.CertificatesRevoked(1), fleet("a", devices=9)]
+    driver.feed(*(news if first == "list" else reversed(news)))
+    assert driver.machine.state is State.COLLECTING
+
+
+def test_several_certificates_of_one_device_are_one_device() -> None:
+    driver = waiting_for_ten()
+    driver.feed(ev.CertificatesRevoked(3), fleet("a", devices=8, known=9))
+    assert driver.machine.state is State.WAITING
+    driver.feed(fleet("a", devices=9))
+    assert driver.machine.state is State.COLLECTING
+
+
+def test_a_number_below_the_fleets_stays_as_it_is_when_others_are_revoked() -> None:
+    driver = Driver(machine(start_when=5))
+    driver.feed(ev.CertificatesRevoked(4), fleet("a", devices=4, known=96))
+    driver.tick(10_000)
+    assert driver.machine.state is State.WAITING
+
+
+def test_a_gateway_that_knows_few_devices_yet_opens_no_round_with_those() -> None:
+    driver = waiting_for_ten()
+    driver.feed(ev.CertificatesRevoked(1), fleet("a", devices=2))
+    assert driver.machine.state is State.WAITING
+    assert driver.machine.needed == 9
+
+
+def test_what_was_revoked_before_the_rounds_were_asked_for_lowers_nothing() -> None:
+    driver = waiting_for_ten()
+    driver.feed(ev.CertificatesRevoked(1))
+    driver.feed(ev.StartRequested(RoundSettings(start_when=10)), fleet("a", devices=9))
+    assert driver.machine.state is State.WAITING
+    assert driver.machine.needed == 10
 
 
 def test_a_round_closes_when_every_awaited_gateway_has_revealed() -> None:

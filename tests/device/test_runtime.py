@@ -270,6 +270,7 @@ def test_a_new_certificate_is_taken_and_what_was_sent_under_the_old_one_still_co
     site.runtime._inbox.put(Renewed(renewed))
     # At once: an old certificate that has run out is on no list.
     site.gateway.wait(lambda: site.gateway.presence["d-1"].serial == certificate.serial)
+    assert site.gateway.presence["d-1"].until == certificate.not_after
     site.gateway.receipts = None
     site.broker.restart()
     # The update in flight is the same message, with the certificate that it was signed with.

@@ -19,7 +19,7 @@ from fleetfed.shared.wire import limits
 from fleetfed.shared.wire.chunks import split
 from fleetfed.shared.wire.compression import compress, decompress
 from fleetfed.shared.wire.envelope import MessageKind
-from fleetfed.shared.wire.messages import Plan
+from fleetfed.shared.wire.messages import Life, Plan
 from fleetfed.shared.wire.topics import Broadcast, Kind, Verb
 
 DEVICE = "d-evil"
@@ -179,6 +179,26 @@ async def test_a_round_does_not_wait_for_a_revoked_device(bench: Bench) -> None:
     bench.update("d-good", bench.fleet.update("d-good", plan, hash))
     await bench.quiet()
     assert len(bench.proposals()) == 2
+
+
+@pytest.mark.parametrize("life", [Life.READY, Life.SLEEPING])
+async def test_a_gateway_that_starts_anew_waits_for_nobody_whose_certificate_has_ended(
+    bench: Bench, life: Life
+) -> None:
+    # No list names it any more, and its broker keeps its last word for ever.
+    bench.present(DEVICE, life=life, serial=12345, until=bench.fleet.now - 1)
+    bench.present("d-good", until=bench.fleet.now)
+    plan, hash = bench.open_round()
+    bench.update("d-good", bench.fleet.update("d-good", plan, hash))
+    await bench.quiet()
+    assert len(bench.proposals()) == 1
+    assert [name for name, _ in bench.machine.members.lives(Kind.DEVICE)] == ["d-good"]
+
+
+async def test_a_will_that_is_older_than_its_devices_certificate_takes_nobody_away(bench: Bench) -> None:
+    bench.present(DEVICE, until=bench.fleet.now + 1000)
+    bench.present(DEVICE, life=Life.LOST, until=bench.fleet.now - 1)
+    assert bench.machine.members.life(Kind.DEVICE, DEVICE) is Life.LOST
 
 
 async def test_a_revoked_device_that_hides_its_certificate_is_waited_for_until_it_sends(bench: Bench) -> None:

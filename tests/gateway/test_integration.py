@@ -153,7 +153,8 @@ async def test_a_round_from_the_manifest_to_the_receipt(site: Site) -> None:
     state = site.up.up(Kind.GATEWAY, "g-north", Verb.STATE)
     await eventually(lambda: coordinator.heard[state])
     said = codec.decode(Presence, coordinator.last(state), limit=65536)
-    assert (said.life, said.serial) == (Life.READY, gateway.certificate.serial)
+    own = gateway.certificate
+    assert (said.life, said.serial, said.until) == (Life.READY, own.serial, own.not_after)
     await eventually(lambda: all(device.heard[north.broadcast(Broadcast.MODEL)] for device in devices))
     census_topic = site.up.up(Kind.GATEWAY, "g-north", Verb.CENSUS)
     await eventually(
@@ -255,6 +256,43 @@ async def run_round(
 
 def ready_devices(coordinator: Peer, topic: str) -> int:
     return census(coordinator.last(topic)).ready if coordinator.heard[topic] else 0
+
+
+async def test_two_gateways_of_one_site_both_say_so_until_one_stops(site: Site) -> None:
+    first = site.gateway("g-north", "north")
+    await site.start(first.run())
+    await eventually(lambda: first.status().obstacle == "")
+    second = site.gateway("g-other", "north")
+    await site.start(second.run())
+    for gateway, other in ((first, second), (second, first)):
+        await eventually(lambda gateway=gateway: gateway.rivals.serials)
+        serial = other.certificate.serial
+        assert gateway.rivals.serials == (serial,)
+        assert f"another gateway serves site north, too (certificate {serial};" in gateway.status().obstacle
+    second.stop()
+    await eventually(lambda: first.status().obstacle == "")
+
+
+async def test_who_was_there_before_and_left_without_a_goodbye_is_no_rival(site: Site) -> None:
+    before = codec.encode(Presence(life=Life.READY, session=7, since=1, serial=99))
+    peer = await site.peer("g-before", [])
+    await peer.session.publish(SiteTopics("demo", "north").broadcast(Broadcast.NODE), before, retain=True)
+    gateway = site.gateway("g-north", "north")
+    await site.start(gateway.run())
+    await eventually(lambda: gateway.status().obstacle == "")
+    # Whatever the broker had kept has come by the time that something later has.
+    await site.device("d-0")
+    await eventually(lambda: list(gateway.machine.members.lives(Kind.DEVICE)))
+    assert gateway.status().obstacle == ""
+
+
+async def test_a_gateway_that_is_revoked_says_so(site: Site) -> None:
+    gateway = site.gateway("g-north", "north")
+    await site.start(gateway.run())
+    coordinator = await site.coordinator()
+    listed = site.fleet.revocations(1, (gateway.certificate.serial,))
+    await coordinator.session.publish(site.up.broadcast(Broadcast.REVOKED), listed, retain=True)
+    await eventually(lambda: "own certificate was revoked" in gateway.status().obstacle)
 
 
 async def test_two_tiers_give_the_sum_that_one_tier_gives(site: Site) -> None:

@@ -137,6 +137,7 @@ async def test_what_devices_tell_is_on_the_gateways_page(world: World) -> None:
     assert seen.value("fleetfed_devices_telling") == 4
     assert seen.value("fleetfed_devices_unlisted") == 2
     assert seen.value("fleetfed_site_devices", life="ready") == 4
+    assert seen.value("fleetfed_site_rivals") == 0
 
 
 async def test_lost_devices_and_nonsense_are_counted(world: World) -> None:

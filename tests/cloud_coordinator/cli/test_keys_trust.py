@@ -127,6 +127,32 @@ def test_renewing_and_rotating_make_roots_that_say_so(keys: Path, capsys: pytest
     assert sorted(path.name for path in trust.glob("*.key")) == ["snapshot.key", "timestamp.4.key", "timestamp.key"]
 
 
+def test_brokers_lists_that_end_soon_are_told_until_they_are_written_again(
+    keys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(capsys, "keys", "crl", "--days", 20, "--dir", keys)[0] == 0
+    code, answer = call(capsys, "keys", "status", "--dir", keys)
+    told = {row["role"]: row["warning"] for row in answer["roles"] if row["warning"]}
+    assert (code, answer["soon"]) == (1, True)
+    assert told == dict.fromkeys(("crl-site", "crl-cloud"), "fleetfed keys crl, then bring it to the brokers")
+    assert call(capsys, "keys", "crl", "--dir", keys)[0] == 0
+    assert call(capsys, "keys", "status", "--dir", keys)[0] == 0
+
+
+@pytest.mark.parametrize("content", [None, b"", b"-----END X509 CRL-----"])
+def test_a_brokers_list_that_cannot_be_read_is_named(
+    keys: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    path = keys / "tls" / "crl-site.pem"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    code, answer = call(capsys, "keys", "status", "--dir", keys)
+    assert code == 3
+    assert "crl-site.pem" in answer["detail"]
+    assert "fleetfed keys crl" in answer["detail"]
+
+
 def test_what_cannot_be_replaced_is_named(keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, answer = call(capsys, "keys", "rotate", "targets", "--replace", "nobody", "--dir", keys)
     assert code == 2

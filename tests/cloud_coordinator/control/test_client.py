@@ -18,6 +18,7 @@ from fleetfed.broker.config import BrokerConfig
 from fleetfed.broker.embedded import EmbeddedBroker
 from fleetfed.broker.render import render_acl
 from fleetfed.cloud_coordinator.cli.broker import broker_tls
+from fleetfed.cloud_coordinator.cli.round import follow
 from fleetfed.cloud_coordinator.control.client import ControlClient, OperatorConfig
 from fleetfed.cloud_coordinator.control.errors import NoAnswerError, RefusedError
 from fleetfed.cloud_coordinator.keys.inventory import inventory_of
@@ -256,6 +257,31 @@ async def test_watching_sees_the_retained_status_and_each_change(
         assert await anext(statuses) == first
         await coordinator.status(second)
         assert await anext(statuses) == second
+
+
+async def test_watching_until_idle_believes_no_status_of_a_coordinator_that_is_away(
+    operator: OperatorConfig, coordinator: Scripted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = Status(state="finished", round=3, version=4)
+    seen: list[Status] = []
+    coordinator.script = lambda request, message: []
+    await coordinator.status(old)
+    async with ControlClient(operator, timeout=PATIENCE) as client:
+        watching = asyncio.create_task(follow(client, seen.append, until_idle=True, timeout=1.0))
+        await eventually(lambda: len(coordinator.heard) == 2)
+        assert seen == [old]
+        assert "The coordinator is away" in capsys.readouterr().err
+        # It is back, and takes the rounds up again.
+        states = ["waiting", "finished"]
+        coordinator.script = lambda request, message: [coordinator.answer(message, result={"state": states.pop(0)})]
+        await coordinator.status(old)
+        await eventually(lambda: states == ["finished"])
+        assert not watching.done()
+        await coordinator.status(replace(old, state="collecting", round=4))
+        await coordinator.status(replace(old, round=4, version=5))
+        await watching
+    assert seen[-1].version == 5
+    assert capsys.readouterr().err == ""
 
 
 async def test_a_command_that_cannot_fit_is_not_sent(operator: OperatorConfig, coordinator: Scripted) -> None:

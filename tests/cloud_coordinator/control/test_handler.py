@@ -12,6 +12,7 @@ import pytest
 from fleetfed_testing.cloud import ScriptedGateway, World, facts, small_model, write_model
 from fleetfed_testing.masked_cloud import MaskedGateway
 
+from fleetfed.cloud_coordinator.cli.round import line
 from fleetfed.cloud_coordinator.config import RoundSettings, StorageConfig
 from fleetfed.cloud_coordinator.publish import Outgoing, refs_of
 from fleetfed.cloud_coordinator.state import State
@@ -24,7 +25,7 @@ from fleetfed.shared.trust.policy import Policy
 from fleetfed.shared.trust.signer import Signer
 from fleetfed.shared.wire.blobs import part_count, unwrap
 from fleetfed.shared.wire.envelope import MessageKind
-from fleetfed.shared.wire.messages import BlobRef, Command, Mode, Outcome, Request, Revocations
+from fleetfed.shared.wire.messages import BlobRef, Command, Mode, Outcome, Request, Revocations, Status
 from fleetfed.shared.wire.topics import Broadcast, Kind, Verb
 
 
@@ -267,6 +268,40 @@ async def test_a_revocation_list_is_published_and_survives(world: World) -> None
     assert (await world.ask(Command.KEYS_REVOKE, revocations=by_operator.encode())).error == "not_the_authoritys"
     await world.restart()
     assert world.coordinator.verifier.revocations.version == 5
+
+
+async def test_rounds_for_all_devices_go_on_without_one_that_is_revoked_also_after_a_restart(
+    world: World, north: ScriptedGateway
+) -> None:
+    await world.hear("north", Verb.CENSUS, north.census(now=world.clock.now, ready=2))
+    await world.ask(Command.ROUND_START)
+    status = (await world.ask(Command.ROUND_STATUS)).result
+    assert (status["state"], status["devices_ready"], status["devices_needed"]) == ("waiting", 2, 3)
+    assert status["waiting_for"] == "devices: 2 of 3 are ready or asleep (start_when = 3)"
+    body = Revocations(version=1, serials=(77,))
+    revoked = world.fleet.signer(Role.AUTHORITY, "authority", "_").sign(
+        MessageKind.REVOCATIONS, body, now=world.clock.now
+    )
+    await world.ask(Command.KEYS_REVOKE, revocations=revoked.encode())
+    # The same list once more takes nobody away.
+    await world.ask(Command.KEYS_REVOKE, revocations=revoked.encode())
+    assert state(world) is State.WAITING
+    await world.restart()
+    await world.hear("north", Verb.STATE, north.presence())
+    left = north.devices[:2]
+    await world.hear("north", Verb.CENSUS, north.census(now=world.clock.now, ready=1, devices=2))
+    await world.pass_time(1_000)
+    published, _ = world.opened(Status, world.sent.retained[world.topics.broadcast(Broadcast.STATUS)])
+    assert published.waiting_for == "devices: 1 of 2 are ready or asleep (start_when = 3, less 1 revoked)"
+    assert line(published).endswith(f"; waits for {published.waiting_for}")
+    await world.join(ScriptedGateway(world.fleet, "north", left))
+    assert state(world) is State.COLLECTING
+    assert (await world.ask(Command.ROUND_STATUS)).result["waiting_for"] == ""
+
+
+async def test_the_status_says_that_no_gateway_is_there(world: World) -> None:
+    await world.ask(Command.ROUND_START)
+    assert (await world.ask(Command.ROUND_STATUS)).result["waiting_for"] == "a gateway: none is ready"
 
 
 async def test_an_enrollers_list_adds_its_own_devices_and_nothing_else(world: World) -> None:

@@ -174,10 +174,12 @@ class Bench:
 
     # --- What members and the tier above say ---------------------------------------------------------------------
 
-    def present(self, *names: str, life: Life = Life.READY, kind: Kind = Kind.DEVICE, serial: int = 0) -> None:
+    def present(
+        self, *names: str, life: Life = Life.READY, kind: Kind = Kind.DEVICE, serial: int = 0, until: int = 0
+    ) -> None:
         """Members say that they are there, and with what certificate."""
         for name in names:
-            payload = codec.encode(Presence(life=life, session=1, serial=serial))
+            payload = codec.encode(Presence(life=life, session=1, serial=serial, until=until))
             self.inbound.receive(self.site.up(kind, name, Verb.STATE), payload)
 
     def open_round(self, round: int = 1, **changes: Any) -> tuple[Plan, Any]:
