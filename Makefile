@@ -1,7 +1,12 @@
 .DEFAULT_GOAL := help
-PYTHON ?= python3
-PYTHON311 ?= python3.11
+# Python 3.11 where it is there. Another is named, as in `make test PYTHON=python3.12`, and has an environment of its own.
+ifdef PYTHON
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+else
+PYTHON := $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 VENV := .venv
+endif
+PYTHON311 ?= python3.11
 BIN := $(VENV)/bin
 # One test at a time to whoever is free.
 PARALLEL := -n auto --maxschedchunk 1
@@ -38,13 +43,24 @@ brokers: ## Unpack RabbitMQ and NATS, which slow tests need, into .brokers; SUIT
 
 .PHONY: test-all
 test-all: $(VENV)/.dev ## Run the default, the slow and the container tests
-	$(BIN)/python -m pytest $(PARALLEL) -m "not tensorflow and not docker"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not tensorflow and not docker and not emulated"
 	$(MAKE) test-docker
 
 # In one process: they share one engine, one set of images and one fleet.
 .PHONY: test-docker
 test-docker: $(VENV)/.dev ## Run the container tests, which skip where there is no engine
 	$(BIN)/python -m pytest -m docker -rs
+
+ARM ?= arm64 armhf
+
+.PHONY: arm
+arm: ## Make a Debian for arm64 and one for armhf in .arm, with a device and a gateway (Debian, root)
+	for arch in $(ARM); do PYTHON=$(PYTHON) tests/arm/install.sh $$arch || exit; done
+
+.PHONY: test-arm
+test-arm: export FLEETFED_PATIENCE ?= 900
+test-arm: $(VENV)/.dev ## Run a device and a gateway in there, emulated, in a fleet that is not
+	$(BIN)/python -m pytest -m emulated -rs tests/arm
 
 .venv-tf/.ready: pyproject.toml hatch_build.py
 	$(PYTHON) -m venv .venv-tf

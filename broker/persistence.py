@@ -57,20 +57,30 @@ class SqliteStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._db = sqlite3.connect(path, isolation_level=None, timeout=5)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={_VERSION};COMMIT;")
-            elif version != _VERSION:
-                raise StorageError(f"{path}: schema {version}, this program knows {_VERSION}; move the file away")
         except (sqlite3.Error, OSError) as error:
             raise StorageError(f"{path}: {error}") from error
+        try:
+            self._prepare()
+        except sqlite3.Error as error:
+            self._db.close()
+            raise StorageError(f"{path}: {error}") from error
+        except StorageError:
+            self._db.close()
+            raise
         (last,) = self._db.execute(
             "SELECT max((SELECT coalesce(max(row), 0) FROM message), (SELECT coalesce(max(row), 0) FROM delivery))"
         ).fetchone()
         self._next_row: int = last + 1
         self._open = False
+
+    def _prepare(self) -> None:
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={_VERSION};COMMIT;")
+        elif version != _VERSION:
+            raise StorageError(f"{self._path}: schema {version}, this program knows {_VERSION}; move the file away")
 
     def _write(self, statement: str, values: tuple[object, ...]) -> None:
         if self._failure is not None:

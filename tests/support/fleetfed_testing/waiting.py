@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from typing import Final
 
-PATIENCE: Final = 120.0
-"""Seconds that anything may take on a machine that does a lot else: a ceiling, which no test that passes comes near."""
+PATIENCE: Final = float(os.environ.get("FLEETFED_PATIENCE", "120"))
+"""Seconds that anything may take on a machine that does a lot else: a ceiling, which no test that passes comes near.
+
+More where programs are emulated.
+"""
 
 
 async def eventually(condition: Callable[[], object], *, seconds: float = PATIENCE) -> None:
