@@ -7,6 +7,7 @@ and the database stays intact then. What is in flight is redelivered after a res
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
 from collections.abc import Iterable
@@ -54,19 +55,15 @@ class SqliteStore:
         """
         self._path = path
         self._failure: sqlite3.Error | None = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=5)
-        except (sqlite3.Error, OSError) as error:
-            raise StorageError(f"{path}: {error}") from error
-        try:
-            self._prepare()
-        except sqlite3.Error as error:
-            self._db.close()
-            raise StorageError(f"{path}: {error}") from error
-        except StorageError:
-            self._db.close()
-            raise
+        with contextlib.ExitStack() as opened:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self._db = sqlite3.connect(path, isolation_level=None, timeout=5)
+                opened.callback(self._db.close)
+                self._prepare()
+            except (sqlite3.Error, OSError) as error:
+                raise StorageError(f"{path}: {error}") from error
+            opened.pop_all()
         (last,) = self._db.execute(
             "SELECT max((SELECT coalesce(max(row), 0) FROM message), (SELECT coalesce(max(row), 0) FROM delivery))"
         ).fetchone()

@@ -16,6 +16,7 @@ import json
 import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar, cast
@@ -199,30 +200,33 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        try:
-            self._writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            # Of a new file: a body of 100 KB takes 4 pages in place of 25, and a third less processor time.
-            self._writer.execute(f"PRAGMA page_size = {_PAGE}")
-            self._writer.execute("PRAGMA journal_mode = WAL")
-            # FULL: a commit returns after the log is on the disk, not merely handed to the system.
-            self._writer.execute("PRAGMA synchronous = FULL")
-            (page,) = self._writer.execute("PRAGMA page_size").fetchone()
-            self._writer.execute(f"PRAGMA wal_autocheckpoint = {_LOG // page}")
-            # FAST: what is deleted within a page is overwritten. Whole pages that get free are not, which would write
-            # every body twice: a body is nothing without the secret that it was sealed to.
-            self._writer.execute("PRAGMA secure_delete = FAST")
-            (check,) = self._writer.execute("PRAGMA quick_check(1)").fetchone()
-            (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-            if check != "ok" or version not in (0, 1, _FORMAT):
-                raise StorageError(f"{path}: {check if check != 'ok' else f'format {version}, this is {_FORMAT}'}")
-            self._prepare(version)
-            # What a process before us erased and died before it could cut off.
-            self._log_cut = self._cut_log()
-            self._reader = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        except sqlite3.Error as error:
-            raise StorageError(f"{path}: {error}; move it away to start without the round that it holds") from error
+        with ExitStack() as opened:
+            try:
+                self._writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+                opened.callback(self._writer.close)
+                self._prepare()
+                # What a process before us erased and died before it could cut off.
+                self._log_cut = self._cut_log()
+                self._reader = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            except sqlite3.Error as error:
+                raise StorageError(f"{path}: {error}; move it away to start without the round that it holds") from error
+            opened.pop_all()
 
-    def _prepare(self, version: int) -> None:
+    def _prepare(self) -> None:
+        # Of a new file: a body of 100 KB takes 4 pages in place of 25, and a third less processor time.
+        self._writer.execute(f"PRAGMA page_size = {_PAGE}")
+        self._writer.execute("PRAGMA journal_mode = WAL")
+        # FULL: a commit returns after the log is on the disk, not merely handed to the system.
+        self._writer.execute("PRAGMA synchronous = FULL")
+        (page,) = self._writer.execute("PRAGMA page_size").fetchone()
+        self._writer.execute(f"PRAGMA wal_autocheckpoint = {_LOG // page}")
+        # FAST: what is deleted within a page is overwritten. Whole pages that get free are not, which would write
+        # every body twice: a body is nothing without the secret that it was sealed to.
+        self._writer.execute("PRAGMA secure_delete = FAST")
+        (check,) = self._writer.execute("PRAGMA quick_check(1)").fetchone()
+        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+        if check != "ok" or version not in (0, 1, _FORMAT):
+            raise StorageError(f"{self._path}: {check if check != 'ok' else f'format {version}, this is {_FORMAT}'}")
         old = [_FROM_FORMAT_1] if version == 1 else []
         steps = [each for each in _SCHEMA.split(";") if each.strip()]
         self._writer.execute("BEGIN IMMEDIATE")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -106,24 +106,30 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
-            path.chmod(0o600)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            # What was answered must not be forgotten by a power cut.
-            self._db.execute("PRAGMA synchronous = FULL")
-            with self.transaction():
-                (version,) = self._db.execute("PRAGMA user_version").fetchone()
-                if version == 0:
-                    for statement in _SCHEMA.split(";"):
-                        self._db.execute(statement)
-                    self._db.execute(f"PRAGMA user_version = {_VERSION}")
-        except (sqlite3.Error, OSError) as error:
-            raise StorageError(f"{path}: {error}; restore the register from a backup") from error
-        if version not in (0, _VERSION):
-            self.close()
-            raise StorageError(f"{path}: of version {version}, this program knows {_VERSION}; install a newer one")
+        with ExitStack() as opened:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
+                opened.callback(self._db.close)
+                path.chmod(0o600)
+                version = self._prepare()
+            except (sqlite3.Error, OSError) as error:
+                raise StorageError(f"{path}: {error}; restore the register from a backup") from error
+            if version not in (0, _VERSION):
+                raise StorageError(f"{path}: of version {version}, this program knows {_VERSION}; install a newer one")
+            opened.pop_all()
+
+    def _prepare(self) -> int:
+        self._db.execute("PRAGMA journal_mode = WAL")
+        # What was answered must not be forgotten by a power cut.
+        self._db.execute("PRAGMA synchronous = FULL")
+        with self.transaction():
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                for statement in _SCHEMA.split(";"):
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version = {_VERSION}")
+        return int(version)
 
     def close(self) -> None:
         """Close the file."""

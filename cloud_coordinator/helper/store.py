@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,24 +42,30 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            # Before SQLite makes it with the permissions that everybody has.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._file = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            for pragma in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
-                self._file.execute(f"PRAGMA {pragma}")
-            (check,) = self._file.execute("PRAGMA quick_check(1)").fetchone()
-            (version,) = self._file.execute("PRAGMA user_version").fetchone()
-            if check != "ok" or version not in (0, _FORMAT):
-                raise StorageError(f"{path}: {check if check != 'ok' else f'format {version}, this is {_FORMAT}'}")
-            self._file.executescript(_SCHEMA)
-            self._file.execute(f"PRAGMA user_version = {_FORMAT}")
-        except (sqlite3.Error, OSError) as error:
-            raise StorageError(
-                f"{path}: {error}; never start without it in an open round: answers would repeat"
-            ) from error
+        with ExitStack() as opened:
+            try:
+                # Before SQLite makes it with the permissions that everybody has.
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+                self._file = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+                opened.callback(self._file.close)
+                self._prepare()
+            except (sqlite3.Error, OSError) as error:
+                raise StorageError(
+                    f"{path}: {error}; never start without it in an open round: answers would repeat"
+                ) from error
+            opened.pop_all()
         # A process before us may have died between a deletion and the emptying of the log.
         self._wipe()
+
+    def _prepare(self) -> None:
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
+            self._file.execute(f"PRAGMA {pragma}")
+        (check,) = self._file.execute("PRAGMA quick_check(1)").fetchone()
+        (version,) = self._file.execute("PRAGMA user_version").fetchone()
+        if check != "ok" or version not in (0, _FORMAT):
+            raise StorageError(f"{self._path}: {check if check != 'ok' else f'format {version}, this is {_FORMAT}'}")
+        self._file.executescript(_SCHEMA)
+        self._file.execute(f"PRAGMA user_version = {_FORMAT}")
 
     def close(self) -> None:
         """Close the file."""
