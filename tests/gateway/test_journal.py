@@ -55,7 +55,8 @@ class _Held:
 
 async def test_nothing_more_is_taken_in_while_the_disk_is_behind(tmp_path: Path) -> None:
     disk = _Held()
-    pipeline = Pipeline(Journal(tmp_path / "journal.db"), disk)  # type: ignore[arg-type]
+    journal = Journal(tmp_path / "journal.db")
+    pipeline = Pipeline(journal, disk)  # type: ignore[arg-type]
     running = asyncio.create_task(pipeline.run())
     await pipeline.room()
     pipeline.store(_update(1, ROOM))
@@ -66,3 +67,4 @@ async def test_nothing_more_is_taken_in_while_the_disk_is_behind(tmp_path: Path)
     disk.finish()
     await waiting
     running.cancel()
+    journal.close()
