@@ -58,6 +58,7 @@ _NOT_IN_THIS_FLEET: Final = {
     # There is no enrolment service, and no run has a target.
     "fleetfed_revocations_expiry_timestamp_seconds",
     "fleetfed_rounds_to_target",
+    'fleetfed_trust_expiry_timestamp_seconds{metadata="devices"}',
 }
 
 _ROUNDS: Final[dict[str, Any]] = {"deadline": 5.0, "expires": 8.0, "start_when": 2}
