@@ -13,7 +13,7 @@ The schema's version is stored with the data; a database of another version is r
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -63,8 +63,11 @@ _BATCH: Final = 500
 
 _CLAIM: Final = int.from_bytes(b"fleetfed", "big")
 """The advisory lock of PostgreSQL that whoever writes a fleet's database holds."""
-_ALIVE: Final = "SET tcp_keepalives_idle = 20; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3"
-"""So that a machine which is gone without a word keeps its lock for less than a minute."""
+_ALIVE: Final = (
+    "SET tcp_keepalives_idle = 20; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3; "
+    "SET tcp_user_timeout = 50000"
+)
+"""So that a machine that is gone without a word keeps its lock for less than a minute, with answers on the way too."""
 _BUSY: Final = 5_000
 _BUSY_SHORT: Final = 200
 """Milliseconds to wait for another program that uses the database."""
@@ -123,21 +126,19 @@ class Store:
         elif self._engine.dialect.name == "postgresql":
             sa.event.listen(self._engine, "connect", _claim_postgresql)
         self._depth = 0
-        try:
-            self._connection: Connection = self._engine.connect()
-            tables.metadata.create_all(self._connection)
-            self._connection.commit()
-        except StatementError as error:
-            self._engine.dispose()
-            raise StorageError(f"database {self._engine.url!r}: {error.orig}") from error
-        except StorageError as error:
-            self._engine.dispose()
-            raise StorageError(f"database {self._engine.url!r}: {error}") from None
-        try:
+        with ExitStack() as opened:
+            opened.callback(self._engine.dispose)
+            try:
+                self._connection: Connection = self._engine.connect()
+                opened.callback(self._connection.close)
+                tables.metadata.create_all(self._connection)
+                self._connection.commit()
+            except StatementError as error:
+                raise StorageError(f"database {self._engine.url!r}: {error.orig}") from error
+            except StorageError as error:
+                raise StorageError(f"database {self._engine.url!r}: {error}") from None
             self._check_schema()
-        except BaseException:
-            self.close()
-            raise
+            opened.pop_all()
 
     def _check_schema(self) -> None:
         found = self.document(_SCHEMA_KEY)
