@@ -70,6 +70,15 @@ def test_every_alert_fires_on_what_it_is_for_and_a_healthy_fleet_is_quiet(tmp_pa
 
 
 @needs_promtool
+def test_what_the_enrolment_service_published_expires_sooner_than_the_rest(tmp_path: Path) -> None:
+    """It is good for a week and published anew each day, so a warning of two weeks would never end."""
+    series = 'fleetfed_trust_expiry_timestamp_seconds{metadata="devices"}'
+    cases = [("FleetfedTrustExpires", {series: f"{days * 86400}x200"}, fires) for days, fires in ((7, 0), (2, 1))]
+    done = _replay(tmp_path, cases)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
 def test_a_test_of_an_alert_can_fail(tmp_path: Path) -> None:
     assert _replay(tmp_path, [("FleetfedRoundsWait", HEALTHY, 1)]).returncode != 0
 
